@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT/"featsd"
 FLOOR = {"core"}
-SPINE = ["adapters", "extract", "train", "metrics", "nulls", "timeline", "decode", "report"]
+SPINE = ["adapters", "extract", "train", "metrics", "nulls", "timeline", "drafters", "decode", "compare", "report"]
 TOP = {"commands", "docs", "__main__"}
 
 
@@ -28,6 +28,7 @@ def imports_of(path):
             base = node.module or ""
             if node.level: base = ".".join(["featsd", *here[:len(here) - node.level], *([base] if base else [])])
             if base == "featsd": yield from (a.name for a in node.names)
+            elif base in ("featsd.data", "featsd.models"): yield from (f"{base.removeprefix('featsd.')}.{a.name}" for a in node.names)
             elif base.startswith("featsd."): yield base.removeprefix("featsd.")
 
 

@@ -95,7 +95,7 @@ def write_tensors(f,           # binary file object
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sha, total = hashlib.sha256(), 0
-    for part in (len(text).to_bytes(8, "little"), text, *(tensors[k].reshape(-1).view(torch.uint8).numpy() for k in order)):
+    for part in (len(text).to_bytes(8, "little"), text, *(tensors[k].reshape(-1).view(torch.uint8).numpy() for k in order if tensors[k].numel())):
         f.write(part)
         sha.update(part)
         total += len(part)
@@ -217,7 +217,8 @@ def pack_chunk(pairs:list, manifest:dict, head=None, draft_head=None, where="chu
         dim = manifest["target_dim" if s == "target" else "draft_dim"]
         h = torch.cat([p.streams[s].detach().cpu() for p in pairs]) if pairs else torch.zeros(0, dim)
         stored = encode_rows(h, manifest["dtype"])
-        for x, what in ((h, "as extracted"), (decode_rows(stored[""], stored.get("_scale")), f"once stored as {manifest['dtype']}")):
+        back = decode_rows(stored[""], stored.get("_scale"))
+        for x, what in ((h, "as extracted"), *([] if back is h else [(back, f"once stored as {manifest['dtype']}")])):
             bad = not_finite(lambda a, b: x[a:b], len(x))  # noqa: B023
             if bad: raise StoreError(f"{where}: expected finite states, found {bad} of {len(x)} rows of {s} not finite {what}; "
                                      "nothing was written, run the model in bf16 or fp32 or skip the clip")
@@ -268,7 +269,7 @@ class disk_errors:
     def __enter__(self): return self
     def __exit__(self, kind, e, tb):
         if isinstance(e, (OSError, SafetensorError)):
-            raise StoreError(f"{self.file}: could not be written ({getattr(e, 'strerror', None) or e}); what was there before is safe, "
+            raise StoreError(f"{self.file}: could not be written ({getattr(e, 'strerror', None) or e}); the other chunks are safe, "
                              "make room and run the same command again") from None
 
 def save_chunk(path, start:int, stop:int, pairs:list, skipped, tensors:dict, checks:dict)->dict:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PALETTE', 'GREYS', 'DASHES', 'FIGURES', 'Series', 'Panel', 'Chart', 'to_plotly', 'to_matplotlib', 'positions_chart',
            'histogram_chart', 'frontier_chart', 'nulls_chart', 'summary_chart', 'timeline_chart', 'speedup_chart',
-           'waterfall_chart', 'reliability_chart', 'chart', 'figure', 'save_png', 'show', 'write_html']
+           'waterfall_chart', 'reliability_chart', 'chart', 'figure', 'png_bytes', 'save_png', 'show', 'write_html']
 
 # %% ../../nbs/data/16_figures.ipynb #cell002
 import html
+import io
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..core import FeatsdError, atomic_write
 
@@ -29,11 +29,12 @@ class Series:
     lo: list = None   # lower ends of the interval
     hi: list = None   # upper ends
     n: list = None    # what each value is a mean of; for hover
-    kind: str = "line" # "line" | "points" | "bar" | "step" | "span" | "pie"
+    kind: str = "line" # "line" | "points" | "bar" | "hbar" | "step" | "span" | "pie"
     null: bool = False # a baseline: grey, dashed
-    colour: int = None # place in the palette; None: by order
+    colour: int = None # place in the palette, one per wedge for a pie; None: by order
     base: list = None  # left ends of spans, bottoms of bars
-    text: list = None  # shown beside each value
+    text: list = None  # shown on bars, and in the hover of lines
+    labels: list = None # shown beside points of a line; "" for none
 
 @dataclass
 class Panel:
@@ -63,7 +64,7 @@ def _styles(panel):
             out.append((s, GREYS[greys % len(GREYS)], *DASHES[greys % len(DASHES)]))
             greys += 1
         else:
-            out.append((s, PALETTE[(colours if s.colour is None else s.colour) % len(PALETTE)], "solid", ()))
+            out.append((s, PALETTE[(s.colour if isinstance(s.colour, int) else colours) % len(PALETTE)], "solid", ()))
             colours += 1
     return out
 
@@ -80,20 +81,25 @@ def _traces(s, colour, dash, show):
     hover = dict(hovertext=[_hover(s, i) for i in range(len(s.x))], hoverinfo="text")
     mark = dict(name=s.name, legendgroup=s.name, showlegend=show, **hover)
     if s.kind == "pie":
-        colours = [PALETTE[i % len(PALETTE)] for i in range(len(s.x))]
+        colours = [PALETTE[i % len(PALETTE)] for i in s.colour or range(len(s.x))]
         return [go.Pie(labels=s.x, values=s.y, name=s.name, marker_colors=colours, sort=False, showlegend=False, textinfo="label+percent", **hover)]
     if s.kind == "span":
         return [go.Bar(y=s.x, x=s.y, base=s.base, orientation="h", marker_color=colour, text=s.text, textposition="inside", **mark)]
+    if s.kind == "hbar":
+        err = None if s.lo is None else dict(type="data", symmetric=False, array=[h - y for h, y in zip(s.hi, s.y, strict=True)],
+                                             arrayminus=[y - lo for lo, y in zip(s.lo, s.y, strict=True)])
+        return [go.Bar(y=s.x, x=s.y, orientation="h", marker_color=colour, error_x=err, opacity=.85, **mark)]
     if s.kind == "bar":
         err = None if s.lo is None else dict(type="data", symmetric=False, array=[h - y for h, y in zip(s.hi, s.y, strict=True)],
                                              arrayminus=[y - lo for lo, y in zip(s.lo, s.y, strict=True)])
-        return [go.Bar(x=s.x, y=s.y, base=s.base, marker_color=colour, error_y=err, text=s.text, textposition="outside", opacity=.85, **mark)]
+        return [go.Bar(x=[str(x).replace("\n", "<br>") for x in s.x] if isinstance(s.x[0], str) else s.x, y=s.y, base=s.base, marker_color=colour, error_y=err, text=s.text, textposition="outside", opacity=.85, **mark)]
     line = dict(color=colour, dash=dash, width=2, shape="hvh" if s.kind == "step" else "linear")
     out = []
     if s.lo is not None:
         out.append(go.Scatter(x=list(s.x) + list(s.x)[::-1], y=list(s.hi) + list(s.lo)[::-1], fill="toself", fillcolor=colour, opacity=.18,
                               line_width=0, hoverinfo="skip", showlegend=False, legendgroup=s.name, name=s.name))
     mode = "markers" if s.kind == "points" else "lines" if s.kind == "step" else "lines+markers"
+    if s.labels: mode, mark = mode + "+text", mark | dict(text=s.labels, textposition="bottom right", textfont_size=9)
     return out + [go.Scatter(x=s.x, y=s.y, mode=mode, line=line, marker=dict(size=5 if mode != "markers" else 9, color=colour), **mark)]
 
 # %% ../../nbs/data/16_figures.ipynb #cell009
@@ -120,7 +126,7 @@ def to_plotly(chart:Chart):
     fig.update_layout(title_text=chart.title, template="plotly_white", barmode="overlay", height=max(420, 330 * rows), legend=dict(groupclick="togglegroup"))
     return fig
 
-def _rows(panel): return bool(panel.series) and panel.series[0].kind == "span"
+def _rows(panel): return bool(panel.series) and panel.series[0].kind in ("span", "hbar")
 
 # %% ../../nbs/data/16_figures.ipynb #cell011
 def _draw(ax, s, colour, dashes):
@@ -128,7 +134,8 @@ def _draw(ax, s, colour, dashes):
     y = [float("nan") if v is None else v for v in s.y]
     lo, hi = ([float("nan") if v is None else v for v in e] if e is not None else None for e in (s.lo, s.hi))
     if s.kind == "pie":
-        ax.pie(y, labels=s.x, autopct=lambda p: f"{p:.0f} %" if p >= 1 else "", colors=PALETTE[:len(y)], wedgeprops=dict(alpha=.85, edgecolor="white"), textprops=dict(fontsize=8), counterclock=False, startangle=90)
+        ax.pie(y, labels=[x if v > .03 * sum(y) else "" for x, v in zip(s.x, y, strict=True)], autopct=lambda p: f"{p:.0f} %" if p > 3 else "",
+               colors=[PALETTE[i % len(PALETTE)] for i in s.colour or range(len(y))], wedgeprops=dict(alpha=.85, edgecolor="white"), textprops=dict(fontsize=8), counterclock=False, startangle=90)
     elif s.kind == "span":
         ax.barh(s.x, y, left=s.base, color=colour, alpha=.85, label=s.name, height=.6)
         for row, width, left, text in zip(s.x, y, s.base, s.text or [""] * len(y), strict=True):
@@ -136,19 +143,28 @@ def _draw(ax, s, colour, dashes):
     elif s.kind == "bar":
         err = None if lo is None else [[b - a for a, b in zip(lo, y, strict=True)], [b - a for a, b in zip(y, hi, strict=True)]]
         bars = ax.bar(s.x, y, bottom=s.base, color=colour, alpha=.85, label=s.name or None, yerr=err, error_kw=dict(lw=1, capsize=2))
-        if s.text is not None: ax.bar_label(bars, labels=s.text, fontsize=7, padding=2)
+        if s.text is not None:
+            ax.bar_label(bars, labels=s.text, fontsize=7, padding=2)
+            ax.margins(y=.12)
+    elif s.kind == "hbar":
+        err = None if lo is None else [[b - a for a, b in zip(lo, y, strict=True)], [b - a for a, b in zip(y, hi, strict=True)]]
+        ax.barh(s.x, y, color=colour, alpha=.85, label=s.name or None, xerr=err, error_kw=dict(lw=1, capsize=2))
+        ax.tick_params(axis="y", labelsize=7)
     elif s.kind == "step": ax.step(s.x, y, where="mid", color=colour, dashes=dashes or (None, None), lw=1.6, label=s.name)
     else:
         if lo is not None: ax.fill_between(s.x, lo, hi, color=colour, alpha=.18, lw=0)
         style = dict(lw=0, markersize=7) if s.kind == "points" else dict(lw=1.6, markersize=3)
         (line,) = ax.plot(s.x, y, color=colour, marker="o", label=s.name, **style)
         if dashes and s.kind == "line": line.set_dashes(dashes)
+        for x, v, label in zip(s.x, y, s.labels or [], strict=False):
+            if label: ax.annotate(label, (x, v), fontsize=6, color=colour, textcoords="offset points", xytext=(3, -7))
 
 # %% ../../nbs/data/16_figures.ipynb #cell012
 def to_matplotlib(chart:Chart):
     "The chart as a matplotlib figure, without a display"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     cols = min(chart.columns, len(chart.panels))
     rows = -(-len(chart.panels) // cols)
     fig = Figure((chart.size[0] * cols, chart.size[1] * rows), layout="constrained")
@@ -165,11 +181,15 @@ def to_matplotlib(chart:Chart):
             where = (value, ax.get_ylim()[1]) if axis == "x" else (ax.get_xlim()[1], value)
             ax.annotate(label, where, fontsize=7, color="#444444", ha="left" if axis == "x" else "right", va="top" if axis == "x" else "bottom")
         if _rows(panel): ax.invert_yaxis()
+        elif all(isinstance(v, int) for s in panel.series for v in s.x): ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=.25, axis="x" if _rows(panel) else "y")
         ax.spines[["top", "right"]].set_visible(False)
-        if any(s.name for s in panel.series): ax.legend(fontsize=7, frameon=False)
+        named = sum(bool(s.name) for s in panel.series)
+        if named: ax.legend(fontsize=7, frameon=False, **(dict(loc="upper left", bbox_to_anchor=(1, 1)) if named > 4 and not _rows(panel) else {}))
+        if not _rows(panel) and any(s.kind == "bar" for s in panel.series) and min(v or 0 for s in panel.series for v in s.y) >= 0:
+            ax.set_ylim(0, ax.get_ylim()[1] if any(v for s in panel.series for v in s.y) else 1) # bars stand on the axis, also when all are zero
         if all(isinstance(v, str) for s in panel.series for v in s.x) and not _rows(panel) and sum(len(str(v)) for v in panel.series[0].x) > 60:
-            ax.tick_params(axis="x", labelrotation=30, labelsize=7)
+            ax.tick_params(axis="x", labelsize=7)
     if len(chart.panels) > 1: fig.suptitle(chart.title, fontsize=11)
     return fig
 
@@ -191,17 +211,20 @@ def histogram_chart(data, # {"title", "x", "edges": [k+1], "curves": [{"name", "
 def frontier_chart(data, # {"curves": [{"name", "accept", "consecutive", "tau", "n", "null"}]}
                   )->Chart:
     "Overall acceptance against consecutive acceptance while the threshold moves"
-    s = [Series(c["name"], c["accept"], c["consecutive"], n=c["n"], text=[f"τ = {t:.2f}" for t in c["tau"]], null=c.get("null", False)) for c in data["curves"]]
-    for x in s: x.text = [*x.text]
+    s = []
+    for c in data["curves"]:
+        taus, marked = [f"τ = {t:.2f}" for t in c["tau"]], () if c.get("null") else (80, 90, 95)
+        s.append(Series(c["name"], c["accept"], c["consecutive"], n=c["n"], text=taus, null=c.get("null", False),
+                        labels=[f"{t:.2f}" if round(t * 100) in marked else "" for t in c["tau"]]))
     return Chart(data.get("title", "Accept against consecutive, threshold by threshold"),
                  [Panel("", s, "accepted, all positions (share)", "accepted before the first rejection (tokens)", xlim=(0, 1))], size=(7, 4.2))
 
 def nulls_chart(data, # {"rows": [{"name", "value", "lo", "hi", "n", "null"}], "y", "title"}
                )->Chart:
     "One bar per drafter with its interval; baselines grey"
-    groups = [Series(label, [r["name"] for r in rows], [r["value"] for r in rows], [r["lo"] for r in rows], [r["hi"] for r in rows], [r["n"] for r in rows], kind="bar", null=null)
+    groups = [Series(label, [r["name"] for r in rows], [r["value"] for r in rows], [r["lo"] for r in rows], [r["hi"] for r in rows], [r["n"] for r in rows], kind="hbar", null=null)
               for label, null in (("adapter", False), ("baseline", True)) if (rows := [r for r in data["rows"] if r["null"] == null])]
-    return Chart(data["title"], [Panel("", groups, "", data["y"])], size=(8, 4.4))
+    return Chart(data["title"], [Panel("", groups, data["y"], "")], size=(8, 1.2 + .24 * len(data["rows"])))
 
 # %% ../../nbs/data/16_figures.ipynb #cell017
 def summary_chart(data, # {"edges", "share", "counts", "mean", "positions", "position_n", "thresholds", "accept", "consecutive", "speedups", "n"}
@@ -227,8 +250,8 @@ def timeline_chart(data, # {"title", "rows": [{"row", "stage", "start_ms", "ms"}
     for k, stage in enumerate(stages):
         rows = [r for r in data["rows"] if r["stage"] == stage]
         spans.append(Series(stage, [r["row"] for r in rows], [r["ms"] for r in rows], base=[r["start_ms"] for r in rows], kind="span", colour=k,
-                            text=[f"{r['ms']:.3g} ms" if r["ms"] > total * .07 else "" for r in rows]))
-    pies = [Panel(name, [Series("", list(p), list(p.values()), kind="pie")]) for name, p in data["pies"].items()]
+                            text=[(f"{r['ms']:,.0f} ms" if r["ms"] >= 10 else f"{r['ms']:.2g} ms") if r["ms"] > total * .07 else "" for r in rows]))
+    pies = [Panel(name, [Series("", list(p), list(p.values()), kind="pie", colour=[stages.index(k) if k in stages else len(stages) for k in p])]) for name, p in data["pies"].items()]
     return Chart(data["title"], [Panel("Time", spans, "time since the question (ms)", ""), *pies], columns=1 + len(pies), size=(5.2, 3.4))
 
 # %% ../../nbs/data/16_figures.ipynb #cell018
@@ -241,10 +264,11 @@ def speedup_chart(data, # {"title", "curves": [{"name", "gamma", "y", "lo", "hi"
 def waterfall_chart(data, # {"title", "steps": [{"name", "value", "change"}]}: what each correction takes away
                    )->Chart:
     "From a formula to a measurement: what each omission was worth"
-    names, value, change = ([s[k] for s in data["steps"]] for k in ("name", "value", "change"))
-    drop = Series("taken away", names, [abs(c) for c in change], base=[v if c < 0 else v - c for v, c in zip(value, change, strict=True)], kind="bar", null=True)
-    left = Series("what is left", names, value, kind="bar", colour=0, text=[f"{v:.2f}x" for v in value])
-    return Chart(data["title"], [Panel("", [left, drop], "", "speedup (ratio)", marks=[("y", 1, "no gain")])], size=(8.5, 4.2))
+    names, value, change = [f"{s['name']}\n{s['value']:.2f}x" for s in data["steps"]], [s["value"] for s in data["steps"]], [s["change"] for s in data["steps"]]
+    left = Series("what is left", names, [min(v, v - c) for v, c in zip(value, change, strict=True)], kind="bar", colour=0)
+    drop = Series("taken away", names, [max(0., -c) for c in change], base=value, kind="bar", null=True)
+    gain = Series("put back", names, [max(0., c) for c in change], base=[v - max(0., c) for v, c in zip(value, change, strict=True)], kind="bar", colour=2)
+    return Chart(data["title"], [Panel("", [left, drop, gain], "", "speedup (ratio)", marks=[("y", 1, "no gain")])], size=(9.5, 3.8))
 
 def reliability_chart(data, # {"title", "x", "curves": [{"name", "x", "y", "lo", "hi", "n"}], "claimed": {"x", "y"}}
                      )->Chart:
@@ -268,14 +292,21 @@ def figure(name, # one of `FIGURES`
     "The plotly version of a figure"
     return to_plotly(chart(name, data))
 
+def png_bytes(chart:Chart, dpi=110)->bytes:
+    "The chart drawn by matplotlib; the same numbers give the same bytes"
+    buffer = io.BytesIO()
+    to_matplotlib(chart).savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
 def save_png(name, data, path, dpi=110):
     "The matplotlib twin of a figure, written whole or not at all"
-    fig = to_matplotlib(chart(name, data))
-    with atomic_write(path) as f: fig.savefig(f, format="png", dpi=dpi, metadata={"Software": None})
+    data = png_bytes(chart(name, data), dpi)
+    with atomic_write(path) as f: f.write(data)
 
-def show(name, data):
-    "The twin as a matplotlib figure: what a notebook displays without a browser"
-    return to_matplotlib(chart(name, data))
+def show(name, data, dpi=70):
+    "The twin as a picture in a notebook"
+    from IPython.display import Image
+    return Image(png_bytes(chart(name, data), dpi))
 
 # %% ../../nbs/data/16_figures.ipynb #cell022
 def write_html(path, title, parts, # list of text (shown as it is, monospaced) and plotly figures

@@ -342,6 +342,7 @@ def check_head(states, head)->bool: # False when the data does not say which hea
 def verify_store(path, repair=False)->list: # (file, verdict) with verdict "ok" or what is wrong
     "Check every file of a store (sizes, sha256, shapes, finite states, ids, the head); `repair` drops what is wrong"
     path = Path(path)
+    if not path.exists(): raise StoreError(f"{path}: expected a store, found nothing; check the path")
     if not path.is_dir() or not (path/"manifest.json").exists(): return _verify_study(path)
     lock, out, found = (StoreLock(path) if repair else None), [], set()
     try:

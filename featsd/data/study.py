@@ -8,6 +8,8 @@ __all__ = ['load_pt', 'StudySource', 'pack_study']
 # %% ../../nbs/data/15_study.ipynb #cell002
 import ctypes
 import os
+import re
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -33,7 +35,8 @@ def load_pt(path, max_pickle=2**28):
             raise StoreError(f"{path}: expected a pickle of at most {max_pickle} bytes, found {e.file_size}; refused")
     try: return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e: # whatever a broken or hostile pickle provokes in the reader
-        why = " ".join((str(e).strip() or type(e).__name__).split("\n")[-1 if "WeightsUnpickler" in str(e) else 0].split())[:200]
+        asks = re.search(r"GLOBAL (\S+)", str(e))
+        why = f"it asks for {asks[1]!r}" if asks else " ".join((str(e).strip() or type(e).__name__).split("\n")[0].split())[:150]
         raise StoreError(f"{path}: expected tensors and plain containers, refused by the restricted reader ({why}); nothing was run") from None
 
 # %% ../../nbs/data/15_study.ipynb #cell008
@@ -56,7 +59,7 @@ class _Rows:
         return self.tensors[stream][a:b]
     def __del__(self):
         page = os.sysconf("SC_PAGE_SIZE")
-        for s, (a, b) in self.seen.items() if self.droppable else ():
+        for s, (a, b) in self.seen.items() if self.droppable and not sys.is_finalizing() else ():
             x = self.tensors[s][a:b]
             lo = -(-x.data_ptr() // page) * page
             n = (x.data_ptr() + x.numel() * x.element_size() - lo) // page * page

@@ -218,10 +218,11 @@ def step(self, state:State, ids, # [B, K] int64, K ≥ 1
     state.h = torch.where((lengths > 0)[:, None], last, state.h)
     return h
 
-def rollback(self, state:State, lengths, # [B] tokens to keep per row
+def rollback(self, state:State, lengths, # [B] tokens to keep per row, list or tensor
              h=None, # [B, D] the states at the new last tokens, when the caller has them
             ):
     "Forget the last tokens of each row; `state.h` is stale unless given"
+    lengths = torch.as_tensor(lengths, device=state.position.device)
     state.position = torch.where(state.position < lengths[:, None], state.position, -1)
     used = (state.position >= 0).any(0)
     keep = int(used.nonzero()[-1]) + 1 if used.any() else 0

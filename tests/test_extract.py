@@ -1,0 +1,102 @@
+"Extraction as a user runs it: commands, signals, resume, bad input"
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from featsd.data.store import open_states
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+FLAGS = "--quant fp32 --split test --chunked --chunk_size 10 --max_questions 5".split()
+
+
+def start(*args, **kwargs):
+    code = "import sys; sys.argv[0] = 'featsd_extract'; from featsd.commands import featsd_extract; featsd_extract()"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def run(*args):
+    p = start(*args)
+    out, err = p.communicate(timeout=300)
+    return p.returncode, out, err
+
+
+def chunks(store): return {f.name: f.read_bytes() for f in sorted((store/"chunks").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    code, out, err = run("--output_dir", folder, "--max_samples", 8, *FLAGS)
+    assert code == 0, err
+    return folder/"chunked_test_1s_fp32"
+
+
+def test_store_holds_what_was_asked(whole):
+    states = open_states(whole)
+    assert len(states) == 40 and states.manifest["streams"] == ["target", "draft_forced", "draft_free"]
+    head = states.head()
+    for batch in states.batches("draft_forced", 8):
+        said = head.logits(batch.h_target).argmax(-1)
+        assert (said == batch.ids)[batch.mask].float().mean() >= .999 # bf16 rounding may flip a near tie
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_stopped_then_resumed_gives_the_same_bytes(whole, tmp_path, number, code):
+    args = ["--output_dir", tmp_path, "--max_samples", 8, *FLAGS]
+    p, store = start(*args), tmp_path/"chunked_test_1s_fp32"
+    end = time.monotonic() + 120
+    while p.poll() is None and not list(store.glob("chunks/*.json")) and time.monotonic() < end: time.sleep(.02)
+    p.send_signal(number)
+    _, err = p.communicate(timeout=60)
+    if p.returncode == 0: pytest.skip("the run ended before the signal came")
+    assert p.returncode == code
+    if number != signal.SIGKILL: assert "run the same command again" in err and "Traceback" not in err
+    assert len(chunks(store)) < len(chunks(whole))
+    code, _, err = run(*args)
+    assert code == 0, err
+    assert chunks(store) == chunks(whole)
+
+
+def test_more_clips_later_extend_the_store(whole, tmp_path):
+    for n in (4, 8):
+        code, _, err = run("--output_dir", tmp_path, "--max_samples", n, *FLAGS)
+        assert code == 0, err
+    assert chunks(tmp_path/"chunked_test_1s_fp32") == chunks(whole)
+
+
+def test_single_file_with_the_studys_keys(tmp_path):
+    code, out, err = run("--output_dir", tmp_path, "--max_samples", 3, "--max_questions", 2, "--quant", "fp32", "--checkpoint_name", "mine.pt")
+    assert code == 0, err
+    file = torch.load(tmp_path/"mine.pt", weights_only=True)
+    assert {"egpt_hidden", "vl_hidden", "seq_lens", "metadata", "config"} <= set(file)
+    assert file["egpt_hidden"].shape == file["vl_hidden"].shape and file["egpt_hidden"].dtype == torch.float32
+    assert len(open_states(tmp_path/"mine.pt")) == len(file["seq_lens"])
+
+
+@pytest.mark.parametrize("args,said", [
+    (["--dataset_dir", "nowhere"], "no such data set folder"),
+    (["--quant", "3bit"], "expected one of"),
+    (["--split", "../up"], "part of a file name"),
+    (["--pair", "bucket"], "expected 'pocket'"),
+    (["--pair", "draft=nowhere,target=nowhere"], "no such checkpoint folder"),
+    (["--max_samples", "0"], "no clip"),
+    (["--chunk_size", "0", "--chunked"], "at least 1"),
+    (["--checkpoint_name", "../up.pt", "--max_samples", "1", "--max_questions", "1"], "part of a file name"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, args, said):
+    code, out, err = run("--output_dir", tmp_path/"out", *({"--quant": "fp32"} if "--quant" not in args else ()), *(["fp32"] if "--quant" not in args else []), *args)
+    assert code == 2 and said in err, err
+    assert len(err.strip().splitlines()) == 1 or "pair/s" in err, err
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole):
+    code, _, err = run("--output_dir", whole.parent, "--max_samples", 8, *FLAGS, "--max_new_tokens", 7)
+    assert code == 2 and "max_new_tokens" in err
+    assert np.all([len(v) > 0 for v in chunks(whole).values()])
