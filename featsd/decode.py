@@ -155,9 +155,11 @@ def residual(p, q): # [V], [V] → [V]
 
 def accept_lossy(logits, draft, h, tau): # n, next id
     "Mode B: tokens stand while cos(aligned state, target's state) > tau. LOSSY"
-    if draft.states is None and draft.ids: raise FeatsdError("lossy mode: this drafter has no states to compare; use 'aligned', or the lossless mode")
-    close = torch.cosine_similarity(draft.states.float(), h[:-1].float(), dim=-1) > tau if draft.ids else torch.zeros(0)
-    n = int(close.cumprod(0).sum())
+    n, k = 0, len(draft.ids)
+    if k:
+        if draft.states is None or draft.states.shape[-1] != h.shape[-1]:
+            raise FeatsdError("lossy mode: this drafter has no states to compare with the target's; use 'aligned' with an adapter, or the lossless mode")
+        n = int((torch.cosine_similarity(draft.states[:k].float(), h[:k].float(), dim=-1) > tau).cumprod(0).sum())
     return n, int(logits[n].argmax())
 
 # %% ../nbs/05_decode.ipynb #cell015
@@ -203,7 +205,7 @@ def verify(target, state, pending, draft, sampling=None, mode="lossless", tau=.9
 def trim(ids, eos): # drafted tokens after an end token can never be said
     return ids[:ids.index(eos) + 1] if eos in ids else ids
 
-@torch.inference_mode()
+@torch.no_grad()
 def speculative_decode(target, # Backbone: p
                        drafter:Drafter, # q
                        prompt:Prompt,
@@ -258,7 +260,7 @@ def check_settings(gamma, max_new_tokens, mode, sampling):
     if mode == "lossy" and sampling is not None: raise FeatsdError("mode 'lossy' is greedy; leave the sampling away")
 
 # %% ../nbs/05_decode.ipynb #cell018
-@torch.inference_mode()
+@torch.no_grad()
 def plain_decode(target, prompt:Prompt, sampling:Sampling=None, max_new_tokens:int=50, watch=None)->Decoded:
     "The target alone: the baseline of every speedup"
     now = time.perf_counter
@@ -321,7 +323,7 @@ def exact_law(run, # sampling -> ids
     return law
 
 # %% ../nbs/05_decode.ipynb #cell030
-@torch.inference_mode()
+@torch.no_grad()
 def speculative_decode_batch(target, drafters, # one per prompt
                              prompts, gamma:int=5, sampling:Sampling=None, max_new_tokens:int=50,
                             )->list: # `Decoded` per prompt; times are the row's share of the batch's
@@ -407,7 +409,7 @@ class Certificate:
         return (f"{self.verdict}: {self.identical}/{self.prompts} prompts identical, {self.tokens} tokens, {self.dtype}, γ {self.gamma}; "
                 f"noise band {self.band:.2e}, worst deficit {self.worst_deficit:.2e}, control differs on {self.control_divergences}")
 
-@torch.inference_mode()
+@torch.no_grad()
 def logits_along(target, prompt, ids, width=1)->Tensor: # [n, V]
     "The laws that predict each of `ids`, read in forwards of `width` tokens"
     state = target.prefill([prompt.target])
@@ -415,7 +417,7 @@ def logits_along(target, prompt, ids, width=1)->Tensor: # [n, V]
     for block in torch.tensor(ids[:-1], device=state.h.device).split(width): rows += [target.step(state, block[None])[0]] if len(block) else []
     return target.head.logits(torch.cat(rows))
 
-@torch.inference_mode()
+@torch.no_grad()
 def wide_decode(target, prompt, width, max_new_tokens=50)->list: # ids
     "Plain greedy decoding in which every forward is `width` tokens wide: the token and padding that is forgotten again"
     state = target.prefill([prompt.target])

@@ -6,7 +6,7 @@
 __all__ = ['NEEDS', 'per_question', 'NGramDraft', 'TemplateDraft', 'PromptLookupDraft', 'fold_norm', 'readout', 'Reader',
            'AlignedDraft', 'check_adapter', 'OwnDraft', 'RawDraft', 'FreeRunDraft', 'FusedDraft', 'GatedDraft',
            'Cascade', 'expert_laws', 'fit_fusion', 'Opinions', 'Costs', 'opinions', 'predict', 'fit_gate',
-           'make_drafter']
+           'check_table', 'make_drafter']
 
 # %% ../nbs/05a_drafters.ipynb #cell002
 from dataclasses import dataclass
@@ -273,17 +273,25 @@ class FusedDraft(AlignedDraft):
     def __init__(self, model, head, adapter, table, weights=(1., 1.), # (a, b) of `fit_fusion`
                  shared_vocab=None, min_confidence=0.):
         super().__init__(model, head, adapter, shared_vocab, min_confidence)
-        self.words, self.weights = NGramDraft(table), weights
+        self.words, self.weights, self.known = NGramDraft(table), weights, {}
 
     def start(self, prompt, sampling=None):
         super().start(prompt, sampling)
         self.words.start(prompt)
         if self.words.table is None: raise FeatsdError(f"drafter {self.name!r}: no n-gram table for the question {prompt.question!r}; fit one on answers to it")
 
+    def prior(self, text, z): # [V]
+        "a·log p_ngram; contexts that end in the same node of the table share it, so recurring ones are looked up"
+        table = self.words.table
+        key = id(table), table.path(text)[-1]
+        if key not in self.known:
+            if len(self.known) * z.shape[1] > 2**23: self.known.clear() # 32 MB
+            self.known[key] = self.weights[0] * torch.from_numpy(np.log(table.smoothed(text, z.shape[1]))).to(z)
+        return self.known[key]
+
     def logits(self, h, text):
-        a, b = self.weights
         z = super().logits(h, text)
-        return a * torch.from_numpy(np.log(self.words.table.smoothed(text, z.shape[1]))).to(z) + b * z
+        return torch.add(self.prior(text, z), z, alpha=self.weights[1])
 
     def draft(self, gamma): return self.careful(gamma)
 
@@ -429,6 +437,13 @@ def fit_gate(ops, # of validation clips
 NEEDS = {"null": (), "oracle": (), "adversarial": (), "raw": (), "own": (), "lookup": (), "template": ("template",), "ngram": ("ngram",), "aligned": ("adapter",),
          "free": ("adapter",), "fused": ("adapter", "ngram"), "gated": ("adapter", "ngram")}
 
+def check_table(table, target):
+    "An n-gram table speaks one tokenizer's ids"
+    if table.tokenizer_hash and table.tokenizer_hash != target.tokenizer_hash:
+        raise FeatsdError(f"n-gram table of tokenizer {table.tokenizer_hash[:16]}, {target.name} has {target.tokenizer_hash[:16]}; fit it on answers of this target")
+    if table.M - 2 >= target.head.vocab_size:
+        raise FeatsdError(f"n-gram table with ids up to {table.M - 2}, {target.name} has a vocabulary of {target.head.vocab_size}; fit it on answers of this target")
+
 def make_drafter(name:str, # of `NEEDS`, or several joined by "+": a cascade, such as "lookup+ngram"
                  pair, adapter=None, # for aligned, free, fused, gated
                  ngram=None, # NGramTable or {question: table}
@@ -442,9 +457,7 @@ def make_drafter(name:str, # of `NEEDS`, or several joined by "+": a cascade, su
         raise FeatsdError(f"drafter {name!r} needs {' and '.join({'adapter': 'an adapter (--adapter CHECKPOINT)', 'ngram': 'an n-gram table', 'template': 'a template'}[k] for k in missing)}; "
                           "train one, or choose 'own', 'raw' or 'lookup'")
     draft, target, shared = pair.draft, pair.target, pair.shared_vocab
-    for table in (ngram.values() if isinstance(ngram, dict) else [ngram] if ngram is not None and name in ("ngram", "fused", "gated") else []):
-        if table.M - 2 >= target.head.vocab_size:
-            raise FeatsdError(f"n-gram table with ids up to {table.M - 2}, {target.name} has a vocabulary of {target.head.vocab_size}; fit it on answers of this target")
+    for table in (ngram.values() if isinstance(ngram, dict) else [ngram]) if "ngram" in NEEDS[name] else []: check_table(table, target)
     return {"null": lambda: NullDraft(), "oracle": lambda: OracleDraft(target, max_new_tokens), "adversarial": lambda: AdversarialDraft(target, max_new_tokens),
             "raw": lambda: RawDraft(draft, shared), "own": lambda: OwnDraft(draft, shared, min_confidence), "lookup": lambda: PromptLookupDraft(),
             "template": lambda: TemplateDraft(template), "ngram": lambda: NGramDraft(ngram, min_confidence),

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ FLAGS = "--quant fp32 --split test --chunked --chunk_size 10 --max_questions 5".
 
 
 def start(*args, **kwargs):
-    code = "import sys; sys.argv[0] = 'featsd_extract'; from featsd.commands import featsd_extract; featsd_extract()"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    command = Path(sys.executable).parent/"featsd_extract"
+    return subprocess.Popen([command, *map(str, args)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
 def run(*args):

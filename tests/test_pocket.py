@@ -1,6 +1,4 @@
 "The shipped weights of the built-in pair: accuracy floors, and a language null as strong as that of the real answers"
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -16,13 +14,6 @@ REAL_TOP1, REAL_TAU = .68, {3: 2.34, 5: 2.60, 8: 2.86}
 
 @pytest.fixture(scope="module")
 def pair(): return load_pair("pocket")
-
-
-def test_loads_in_two_seconds():
-    load_pair("pocket")
-    began = time.perf_counter()
-    load_pair("pocket")
-    assert time.perf_counter() - began < 2
 
 
 def test_weights_fit_the_package(pair):
@@ -92,3 +83,21 @@ def test_quantised_pairs_answer(quant):
         answer = model.generate([model.encode(clip, QUESTIONS[0])], 8)[0]
         assert len(answer.ids) == 8 and np.isfinite(answer.margins.numpy()).all()
         assert model.head.lm_head.weight.dtype == torch.bfloat16 # heads are never quantised
+
+
+def test_second_sensor_is_worth_its_points(pair, tmp_path):
+    "The aligned draft beats the same draft with another clip's events by 10 points of token top-1, and words alone by 8"
+    from featsd.data.store import open_states
+    from featsd.extract import extract
+    from featsd.nulls import measure
+    from featsd.train import train_adapter
+    common = dict(output_dir=tmp_path, pair=pair, quant="fp32", progress=False)
+    train = open_states(extract(split="train", max_samples=50, **common))
+    test = open_states(extract(split="test", max_samples=20, wrong_clip=True, **common))
+    run = train_adapter(train, adapter_level=1, loss="kl", num_epochs=8, output_dir=str(tmp_path/"ck"), progress=False)
+    m = measure(run["best_model"], test, train, streams=("draft_forced",), n_boot=100)
+    top1_of = lambda name: m.row(name).values["token_top1"].value
+    right, wrong = top1_of(m.name), top1_of("wrong-clip sensor")
+    words = max(top1_of("n-gram table"), top1_of("n-gram table by question"))
+    print(f"token top-1: right clip {right:.3f}, another clip's events {wrong:.3f}, n-gram table {words:.3f}")
+    assert right >= wrong + .10 and right >= words + .08

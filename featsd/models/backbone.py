@@ -131,6 +131,14 @@ class Backbone:
         self.embed, self.eos_id = lm.get_input_embeddings(), tokenizer.eos_token_id
 
     @property
+    def tokenizer_hash(self):
+        "sha256 of the vocabulary's pieces in the order of their ids: which ids mean what"
+        if not hasattr(self, "_tokenizer_hash"):
+            pieces = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+            self._tokenizer_hash = hashlib.sha256("\n".join(map(str, pieces)).encode()).hexdigest()
+        return self._tokenizer_hash
+
+    @property
     def dtype(self): return self.embed.weight.dtype
     @property
     def device(self): return self.embed.weight.device
