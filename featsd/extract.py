@@ -8,6 +8,7 @@ __all__ = ['pair_states', 'Stopped', 'stop_on_signals', 'read_clip', 'other_clip
 
 # %% ../nbs/01_extract.ipynb #cell002
 import datetime as dt
+import hashlib
 import itertools
 import json
 import re
@@ -17,7 +18,6 @@ import threading
 import time
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from .core import FeatsdError, lib_versions
@@ -104,7 +104,10 @@ def chunk_pairs(pair, clips, questions, start, stop, # pairs: clip-major, all qu
 # %% ../nbs/01_extract.ipynb #cell011
 def manifest_of(pair, clips, questions, max_new_tokens, quant, dtype, wrong_clip, batch_clips, split, duration, argv=None)->dict:
     "What decides a store's bytes, and a record of the run that made it"
-    side = lambda m: {"name": m.name, "hash": m.model_hash, "quant": m.quant, "dtype": str(m.dtype).removeprefix("torch.")}
+    def side(m):
+        asked = json.dumps([m.prompt(q) for q in questions])
+        return {"name": m.name, "hash": m.model_hash, "tokenizer_hash": m.tokenizer_hash, "prompts_hash": hashlib.sha256(asked.encode()).hexdigest(),
+                "quant": m.quant, "dtype": str(m.dtype).removeprefix("torch.")}
     return {"target": side(pair.target), "draft": side(pair.draft), "pair": pair.name, "dataset": clips.name, "split": split, "duration": duration,
             "quant": quant, "dtype": dtype, "questions": list(questions), "shared_vocab": pair.shared_vocab,
             "streams": ["target", "draft_forced", "draft_free"] + ["draft_wrong"] * wrong_clip,
@@ -135,7 +138,7 @@ def extract(output_dir="hidden_states", # folder for the store
     for name, what in ((split, "split"), (duration, "duration"), (quant, "quant")): safe_name(name, what)
     for value, what in ((max_questions, "max_questions"), (max_new_tokens, "max_new_tokens"), (chunk_size, "chunk_size"), (batch_clips, "batch_clips")):
         if value < 1: raise FeatsdError(f"{what} {value}: expected at least 1")
-    clips = open_clips(dataset_dir, split, max_samples, seed)
+    clips = open_clips(dataset_dir, split, max_samples, seed, duration)
     if len(clips) == 0: raise FeatsdError(f"{dataset_dir}: no clip in split {split!r}; check --split and --max_samples")
     pair = parse_pair(pair, quant)
     questions = clips.questions[:max_questions]

@@ -269,7 +269,7 @@ def cycle_prefix(scores:Scores, accept, gamma)->list: # [γ] share of cycles tha
     return (counts[::-1].cumsum()[::-1][1:] / counts.sum()).tolist()
 
 def curves(scores:Scores, accept)->dict: # lists by position
-    "marginal, conditional, prefix acceptance (THEORY 2) with their denominators; their laws are asserted"
+    "marginal, conditional, prefix acceptance with their denominators; their laws are asserted"
     pos, valid, N = scores.pos, scores.valid, len(scores)
     T, run = int(scores.lens.max()), consecutive(scores, accept)
     n = np.bincount(pos[valid], minlength=T)

@@ -195,7 +195,7 @@ def best_null(rows, column="token_consecutive",
 
 # %% ../nbs/03a_nulls.ipynb #cell015
 def prefix_bound(marginal)->list: # by position
-    "min over j ≤ i of the marginal acceptance: no drafter with these marginals has a larger prefix curve (THEORY 2)"
+    "min over j ≤ i of the marginal acceptance: no drafter with these marginals has a larger prefix curve"
     return np.minimum.accumulate([1. if m is None else m for m in marginal]).tolist()
 
 # %% ../nbs/03a_nulls.ipynb #cell019

@@ -85,7 +85,7 @@ def costs_of(timing:TimingConfig)->tuple: # c, o
 # %% ../nbs/04_timeline.ipynb #cell014
 def first_block(timing, first, # prefix curve of the free-running draft
                 k, n_out)->float: # end-to-end speedup
-    "(P_t + N t_t)/(P_t + v(k+1) t_t + (N − n₁ − 1) t_t): k tokens drafted behind the prefill, verified once; v = 1 gives THEORY 4's bound"
+    "(P_t + N t_t)/(P_t + v(k+1) t_t + (N − n₁ − 1) t_t): k tokens drafted behind the prefill, verified once; v = 1 gives the upper bound"
     t, n1 = timing, min(sum(first[:k]), n_out - 1)
     return (t.target_prefill_ms + n_out * t.target_token_ms) / (t.target_prefill_ms + (verify_cost(t, k + 1) + n_out - n1 - 1) * t.target_token_ms)
 
@@ -99,7 +99,7 @@ def speedup_bound(timing, prefix, # one curve, or {γ: curve}
     first, start = by[max(by)] if first is None else first, timing.target_prefill_ms / timing.target_token_ms if prefill else 0.
     decode = max([1.] + [speedup_exact(curve, g, c, verify_cost(timing, g + 1), o) for g, curve in by.items()])
     best = (start + n_out) / (start + n_out / decode)
-    for k in range(1, k_free(timing) + 1):                            # k free drafts, verified in one forward that emits n₁ + 1 tokens
+    for k in range(1, min(k_free(timing), n_out) + 1):                            # k free drafts, verified in one forward that emits n₁ + 1 tokens
         left = n_out - 1 - min(sum(first[:k]), n_out - 1)
         best = max(best, (start + n_out) / (start + verify_cost(timing, k + 1) + left / decode))
     return best
@@ -128,7 +128,7 @@ class Plan:
         return (f"plan ({'measured' if self.measured_times else 'assumed'} times): {pays}; estimates: seed formula {self.seed:.2f}x, iid {self.iid:.2f}x, exact {self.exact:.2f}x, "
                 f"bound {self.bound:.2f}x ({self.bound_e2e:.2f}x end to end); {self.k_free} free tokens alone {self.free:.2f}x end to end; c {self.c:.2f}, pays below {self.largest_c:.2f}; α {self.alpha:.2f}, pays above {alpha}")
 
-def plan(timing:TimingConfig, prefix, # prefix curve over a decoder's cycles (THEORY 2), or {γ: curve}, the metrics' `cycle_prefix`
+def plan(timing:TimingConfig, prefix, # prefix curve over a decoder's cycles, or {γ: curve}, the metrics' `cycle_prefix`
          n_out=50, # answer length
          first=None, # prefix curve of the free-running draft for the first block; None: `prefix`
          gammas=range(1, 17))->Plan:
@@ -143,7 +143,7 @@ def plan(timing:TimingConfig, prefix, # prefix curve over a decoder's cycles (TH
     v = {g: verify_cost(T, g + 1) for g in gammas}
     rows = [{"gamma": g, "v": v[g], "iid": speedup_iid(alpha, g, c, v[g], o), "exact": speedup_exact(by[g], g, c, v[g], o)} for g in gammas]
     best = max(rows, key=lambda r: r["exact"])
-    free = max([1.] + [first_block(T, first, k, n_out) for k in range(1, k_free(T) + 1)])
+    free = max([1.] + [first_block(T, first, k, n_out) for k in range(1, min(k_free(T), n_out) + 1)])
     pays = [a / 1000 for a in range(1000) if max(speedup_iid(a / 1000, g, c, v[g], o) for g in gammas) > 1]
     return Plan(k_free(T), best["gamma"] if best["exact"] > 1 else 0, alpha, c, o, speedup_seed_decode(sum(by[best["gamma"]][:best["gamma"]]), T.adapter_ms / T.target_token_ms),
                 best["iid"], best["exact"], speedup_bound(T, by, first, n_out), speedup_bound(T, by, first, n_out, prefill=True), free, min(pays, default=None),

@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT/"featsd"
 FLOOR = {"core"}
-SPINE = ["adapters", "extract", "train", "metrics", "nulls", "timeline", "decode", "drafters", "compare", "report"]
+SPINE = ["adapters", "extract", "train", "metrics", "nulls", "calibration", "timeline", "decode", "drafters", "assist", "compare", "replay", "report"]
 TOP = {"commands", "docs", "__main__"}
 
 

@@ -340,12 +340,13 @@ def check_built(root, duration):
 def open_clips(dataset_dir="pocket", # "pocket" for the built-in world, or a folder
                split="train", # "train", "val" or "test"
                max_samples=-1, # clips; -1 = all (1,000 of the built-in world)
-               seed=0): # of the built-in world
+               seed=0, # of the built-in world
+               duration=None): # of the clips of a folder: "1s", "500ms", …
     "The clips of a split"
     if str(dataset_dir) == "pocket":
         from featsd.data.world import PocketClips
         return PocketClips(split, 1000 if max_samples < 0 else max_samples, seed)
-    return FolderClips(dataset_dir, split, max_samples)
+    return FolderClips(dataset_dir, split, max_samples, duration=duration)
 
 def split_clips(sequences, # sequence (or clip id) of each clip
                 val_split=.1, # share of the sequences that validate, at least one

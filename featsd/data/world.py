@@ -138,8 +138,8 @@ QUESTIONS = ["what are the key elements in this scene ?", "can you elaborate on 
 def attributes(t): return DIGITS[t.digit], SIZES[t.size], LANES[t.lane], REGIONS[t.region], COLORS[t.color], t.verb
 
 def link(a, b):
-    "The joining word says how the next thing moves before it is named"
-    return "while" if a.motion == b.motion else "and" if a.speed == b.speed else "but"
+    "The joining word tells how fast the next thing is before anything else is said of it"
+    return "and" if b.still else ("while", "and", "but")[b.speed]
 
 def fastest(things): return max((t for t in things if not t.still), key=lambda t: (t.speed, -t.lane))
 
@@ -181,7 +181,7 @@ def target_words(things, question)->list:
         return [*f"there are {count} things , namely".split(),
                 *chain(ts, lambda d, s, l, r, c, v: f"one {s} {d} at the {l} {r} which {v}", link), "."]
     if question == 5:
-        return ["i", "think", *chain(ts, lambda d, s, l, r, c, v: f"the {d} at {r} {v} , being {s}", link),
+        return ["i", "think", *chain(ts, lambda d, s, l, r, c, v: f"the {d} at {r} {v} , {s}", link),
                 *f"; of all , the {digit} wins .".split()]
     if question == 6:
         return ["present", "are", *chain(ts, lambda d, s, l, r, c, v: f"a {s} {d} ( {v} , {l} {r} )", comma), "."]
@@ -189,10 +189,10 @@ def target_words(things, question)->list:
         return ["i", "see", *chain(ts, lambda d, s, l, r, c, v: f"the {l} one {v} {r} : {s} {d}", lambda a, b: "then"),
                 *f". the {LANES[ts[0].lane]} one is {COLORS[ts[0].color]} .".split()]
     if question == 8:
-        return ["here", *chain(ts, lambda d, s, l, r, c, v: f"the {l} {d} {v} on the {r} and looks {s}", link),
-                *f". fastest is the {digit} .".split()]
+        return ["here", *chain(ts, lambda d, s, l, r, c, v: f"the {l} {d} {v} on the {r} , {s}", link),
+                *f". fastest by far is the {digit} .".split()]
     return [*f"fastest is the {lane} {digit} , it {verb} and leads now .".split(),
-            *chain([t for t in ts if t is not f], lambda d, s, l, r, c, v: f"the {s} {d} {v} on the {r} .", lambda a, b: "then")]
+            *chain([t for t in ts if t is not f], lambda d, s, l, r, c, v: f"the {s} {d} {v} at {r} .", lambda a, b: "then")]
 
 # %% ../../nbs/data/14_world.ipynb #cell011
 SYNONYMS = {"small": "TINY", "big": "LARGE", "top": "UPPER", "middle": "CENTRAL", "bottom": "LOWER", "left": "WEST", "center": "MID",

@@ -55,6 +55,7 @@ def _kept(images, # iterator of [H, W, 3] uint8
         if out and image.shape != out[0].shape: raise FeatsdError(f"frames of {out[0].shape[:2]} and {image.shape[:2]}: expected one size")
         if (size := size + image.nbytes) > max_bytes: raise FeatsdError(f"frames of more than {max_bytes} bytes; ask for fewer (n=…)")
         out.append(image)
+    if not out: raise FeatsdError("no frame could be decoded")
     return np.stack(out)
 
 def _open_picture(file):
@@ -75,12 +76,8 @@ def _from_video(path, n, rule, max_bytes):
         with av.open(str(path)) as video:
             if not video.streams.video: raise FeatsdError("no video stream")
             yield from video.decode(video=0)
-    wanted = None
-    if n is not None: wanted = set(frame_indices(sum(1 for _ in decoded()), n, rule).tolist())
-    frames = [f.to_ndarray(format="rgb24") for i, f in enumerate(decoded()) if i in wanted] if wanted else \
-        _kept((f.to_ndarray(format="rgb24") for f in decoded()), max_bytes)
-    if len(frames) == 0: raise FeatsdError("no frame could be decoded")
-    return _kept(iter(frames), max_bytes)
+    wanted = None if n is None else set(frame_indices(sum(1 for _ in decoded()), n, rule).tolist())
+    return _kept((f.to_ndarray(format="rgb24") for i, f in enumerate(decoded()) if wanted is None or i in wanted), max_bytes)
 
 def read_frames(path, # folder of pictures, or a video file
                 n=None, # frames to keep; None = all

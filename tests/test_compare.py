@@ -1,0 +1,256 @@
+"Laws of the comparison: interleaved and seeded, the model of cost predicts times that follow it, what is broken wins nothing"
+import json
+from types import SimpleNamespace as NS
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from featsd import compare as C
+from featsd.core import FeatsdError
+from featsd.data.answers import Answers
+from featsd.decode import AdversarialDraft, Decoded, Draft, Drafter, NullDraft, OracleDraft
+
+V, EOS = 12, 0
+
+
+class Chain:
+    "A target whose next token depends on the last one only; its state is a one-hot vector"
+    eos_id, dtype, name, model_hash, tokenizer_hash = EOS, torch.float32, "chain", "hash", "words"
+
+    def __init__(self, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(V, V, generator=g)
+        self.table[:, EOS] = -9 # answers end at the limit
+        self.decoder, self.calls = nn.Linear(3, 3), 0
+        self.head = NS(vocab_size=V, hidden_size=V, lm_head=nn.Linear(V, V, bias=False), logits=lambda h: h @ self.table)
+
+    def prompt(self, question): return [], [1, 2]
+    def encode(self, clip, question): return (clip.id, question)
+    def hot(self, ids): return nn.functional.one_hot(ids, V).float()
+    def prefill(self, prefixes):
+        first = torch.tensor([sum(map(ord, "".join(prefixes[0]))) % (V - 1) + 1])
+        return NS(h=self.hot(first), lengths=torch.tensor([1]))
+    def step(self, state, ids):
+        state.lengths = state.lengths + ids.shape[1]
+        return self.hot(ids)
+    def rollback(self, state, lengths): state.lengths = torch.as_tensor(lengths)
+
+
+def world(n=4): return NS(target=Chain(), draft=Chain(1), name="toy"), [NS(id=f"clip{i}") for i in range(n)]
+
+
+class Guess(Drafter):
+    "Right with a fixed chance, by a seeded coin"
+    name = "guess"
+    def __init__(self, target, p): self.target, self.p, self.rng = target, p, np.random.default_rng(0)
+    def draft(self, gamma):
+        out, last = [], self.ids[-1:] or [1]
+        for _ in range(gamma):
+            right = int(self.target.table[last[-1]].argmax())
+            out.append(right if self.rng.random() < self.p else (right + 1) % V)
+            last = out
+        return Draft(out)
+
+
+def run(drafters, n=4, gammas=(1, 3), questions=("a ?", "b ?"), **kw):
+    pair, clips = world(n)
+    made = {k: d(pair.target) for k, d in drafters.items()}
+    return C.compare(pair, clips, made, gammas, list(questions), 20, n_boot=50, **kw)
+
+
+def test_oracle_fills_every_block_and_adversary_none():
+    c = run({"oracle": lambda t: OracleDraft(t), "adversary": lambda t: AdversarialDraft(t), "nothing": lambda t: NullDraft()})
+    for r in c.rows:
+        assert not r.broken and r.prompts == 8
+        assert r.tau == {"oracle": 20 / np.ceil(20 / (r.gamma + 1)), "adversary": 1, "nothing": 1}[r.name]
+    assert [r.kind for r in c.rows] == ["limit"] * 4 + ["null"] * 2
+
+
+def test_arms_are_interleaved_seeded_and_warm_up_is_not_counted(monkeypatch):
+    seen, real = [], C.run_arm
+    monkeypatch.setattr(C, "run_arm", lambda t, arm, prompt, *a: seen.append((prompt.target, arm.name, arm.gamma)) or real(t, arm, prompt, *a))
+    def order(seed):
+        seen.clear()
+        c = run({"x": lambda t: Guess(t, .5), "y": lambda t: NullDraft()}, seed=seed)
+        assert all(len(r.ms) == 8 for r in c.rows)
+        return list(seen)
+    a, b, other = order(0), order(0), order(1)
+    assert a == b != other and len(a) == 4 * 8 + 4 # one round of four arms warms up
+    blocks = [tuple(x[1:] for x in a[4 + 4 * i:8 + 4 * i]) for i in range(8)]
+    assert all(len(set(x)) == 4 for x in blocks) and len(set(blocks)) > 1 # each prompt sees every arm, in its own order
+
+
+def test_what_is_not_the_targets_is_broken_and_wins_nothing(monkeypatch):
+    real = C.speculative_decode
+    def cheat(target, d, prompt, gamma, *a, **k):
+        out = real(target, d, prompt, gamma, *a, **k)
+        if d.name == "guess":
+            out.cycle_ms = [1e-6] * len(out.cycle_ms)
+            if prompt.question == "b ?": out.ids[3] = (out.ids[3] + 1) % V
+        return out
+    monkeypatch.setattr(C, "speculative_decode", cheat)
+    c = run({"fast": lambda t: Guess(t, .9), "slow": lambda t: NullDraft()})
+    fast = [r for r in c.rows if r.name == "fast"]
+    assert all(r.broken and r.identical == 4 and r.measured.value > 10 for r in fast)
+    assert c.best("null").name == "slow" and "BROKEN 4/8" in c.table() and c.table().count("identical") == 2
+    assert any("BROKEN" in x and "fast" in x for x in c.verdict()) and not any("Recommended: fast" in x for x in c.verdict())
+    assert "BROKEN" in c.speedup_figure()["curves"][0]["name"]
+
+
+def synthetic(monkeypatch, c=.1, v=.05, o=.02, step=2.):
+    "Decoding whose times follow γc + v + o exactly"
+    real, plain = C.speculative_decode, C.plain_decode
+    def timed(target, d, *a, **k):
+        out = real(target, d, *a, **k)
+        out.draft_ms, out.verify_ms = [step * c * n for n in out.drafted], [step * (1 + v * n) for n in out.drafted]
+        out.cycle_ms = [x + y + step * o for x, y in zip(out.draft_ms, out.verify_ms, strict=True)]
+        return out
+    def even(*a, **k):
+        out = plain(*a, **k)
+        out.cycle_ms = [step] * len(out.cycle_ms)
+        return out
+    monkeypatch.setattr(C, "speculative_decode", timed)
+    monkeypatch.setattr(C, "plain_decode", even)
+
+
+@pytest.mark.parametrize("p", [.3, .8, 1.])
+def test_the_model_of_cost_predicts_times_that_follow_it(monkeypatch, p):
+    synthetic(monkeypatch)
+    for r in run({"x": lambda t: Guess(t, p)}, n=12, gammas=(1, 2, 5)).rows:
+        assert r.c == pytest.approx(.1) and r.o == pytest.approx(.02) and r.v == pytest.approx(1 + .05 * r.drafted)
+        assert r.measured.value == pytest.approx(r.tau / (r.drafted * r.c + r.v + r.o)) and .97 < r.ratio < 1.03
+        assert r.bound >= r.exact and r.measured.low <= r.measured.value <= r.measured.high
+        assert r.alpha == pytest.approx(p, abs=.12)
+
+
+def test_free_drafting_would_show(monkeypatch):
+    "The estimate charges what drafting costs: ten times the price is ten times c"
+    synthetic(monkeypatch, c=1.)
+    dear = run({"x": lambda t: Guess(t, .8)}, gammas=(3,)).rows[0]
+    assert dear.measured.value < 1 and dear.exact < 1 and dear.bound == 1 and dear.seed > 2
+
+
+def test_words_that_win_are_said_to_win(monkeypatch):
+    synthetic(monkeypatch)
+    c = run({"good": lambda t: Guess(t, .9), "bad": lambda t: Guess(t, .2)}, n=8)
+    for r in c.rows: r.kind = "sensor" if r.name == "bad" else "null"
+    text = "\n".join(c.verdict())
+    assert "Words alone do as well" in text and "On 2 of 2 questions the best null wins" in text and "the null wins" in c.question_table()
+    assert c.over_null.ratio.high < 1 and "Recommended: good, γ 3" in text and c.over_runner_up.b.startswith("bad")
+    for r in c.rows: r.kind = "sensor" if r.name == "good" else "null"
+    assert "The second sensor pays." in "\n".join(c.verdict())
+
+
+def rows(*ms, name="r"): return [NS(label=f"{name}{i}", ms=list(m)) for i, m in enumerate(ms)]
+
+
+def test_advantage_is_paired_and_groups_clips():
+    rng = np.random.default_rng(0)
+    base, clips = rng.lognormal(3, 1, 90), [f"c{i // 3}" for i in range(90)]
+    a = C.advantage(rows(base / 1.1), rows(base), clips) # prompts differ wildly, their ratio not at all
+    assert a.ratio.low == pytest.approx(1.1) == a.ratio.high and a.sure == 1 and a.ratio.groups == 30
+    same = C.advantage(rows(base), rows(base), clips)
+    assert not same.excludes_one and same.ratio.value == 1
+    other = C.advantage(rows(base), rows(rng.permutation(base)), clips)
+    assert not other.excludes_one
+    choice = C.advantage(rows(base, base / 2), rows(base, base / 1.5), clips)
+    assert (choice.a, choice.b) == ("r1", "r1") and choice.ratio.value == pytest.approx(2 / 1.5)
+    half = C.advantage(rows(np.r_[base[:45] / 2, base[45:] * 2]), rows(base), clips, where=np.arange(90) < 45)
+    assert half.ratio.value == pytest.approx(2) and half.ratio.groups == 15
+
+
+def test_curves_obey_the_laws_on_random_cycles():
+    rng = np.random.default_rng(2)
+    for _ in range(40):
+        answer, blocks, accepted, drafted, at = rng.integers(0, 3, 30).tolist(), [], [], [], 0
+        while at < 30:
+            block = rng.integers(0, 3, rng.integers(0, 5)).tolist()[:30 - at - 1]
+            n = next((i for i, t in enumerate(block) if t != answer[at + i]), len(block))
+            blocks.append(block), accepted.append(n), drafted.append(len(block))
+            at += n + 1
+        c = C.curves_of_runs([C.Run(NS(accepted=accepted, drafted=drafted), blocks, 0)], [answer], 4)
+        assert sum(c.prefix) == pytest.approx(np.mean(accepted)) # E[consecutive] = Σ prefix
+        assert 0 <= c.alpha <= 1 and c.prefix[0] <= (c.marginal[0] or 0) + 1e-12
+
+
+def test_threads_and_collector_are_put_back():
+    before = torch.get_num_threads()
+    with C.quiet_clock(1): assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before and __import__("gc").isenabled()
+
+
+def test_a_suspended_run_is_done_again_whatever_arm_it_is(monkeypatch):
+    "A pause inside one plain run must not become a speedup"
+    import time
+    real, calls = C.plain_decode, []
+    def paused(*a, **k):
+        calls.append(0)
+        start = time.perf_counter()
+        if len(calls) == 5: time.sleep(.6)
+        out = real(*a, **k)
+        out.cycle_ms[0] += 1e3 * (time.perf_counter() - start)
+        return out
+    monkeypatch.setattr(C, "plain_decode", paused)
+    c = run({"x": lambda t: NullDraft()}, plain_runs=2)
+    assert c.about["interrupted"] == 1 and c.about["still_interrupted"] == 0 and max(c.plain_ms) < 500
+    assert any("1 interrupted runs were done again" in x for x in c.verdict())
+    watch = C.Watch(again=1)
+    watch(lambda: time.sleep(.3))
+    assert (watch.interrupted, watch.given_up) == (2, 1) # what never runs undisturbed is said
+    assert C.Watch(on_cpu=False)(lambda: time.sleep(.3)) is None
+
+
+def test_wrong_clip_is_a_control():
+    c = run({"x": lambda t: Guess(t, .5)}, wrong_clip=("x",), gammas=(2,))
+    assert [(r.name, r.kind) for r in c.rows] == [("x", "null"), ("x, wrong clip", "control")]
+    assert c.best("null").name == "x"
+    pair, clips = world(1)
+    with pytest.raises(FeatsdError, match="two clips"): C.compare(pair, clips, {"x": NullDraft()}, (2,), ["a ?"], wrong_clip=("x",))
+
+
+def test_saved_whole(tmp_path):
+    c = run({"x": lambda t: Guess(t, .7)})
+    c.save(tmp_path)
+    d = json.loads((tmp_path/"compare.json").read_text())
+    assert len(d["rows"]) == 2 and len(d["prompts"]) == 8 and d["about"]["seed"] == 0 and d["about"]["versions"]["torch"] and d["rows"][0]["curves"]["prefix"]
+    cycles = [json.loads(x) for x in (tmp_path/"cycles.jsonl").read_text().splitlines()]
+    assert len(cycles) == 16 and sum(cycles[0]["cycle_ms"]) == pytest.approx(d["rows"][0]["ms"][0], abs=.01)
+
+
+@pytest.mark.parametrize("kw,what", [(dict(gammas=(0,)), "gamma 0"), (dict(gammas=()), "0 γ"), (dict(questions=[]), "0 questions"), (dict(drafters={}), "0 drafters"), (dict(plain_runs=0), "0 plain runs")])
+def test_bad_settings(kw, what):
+    pair, clips = world(2)
+    with pytest.raises(FeatsdError, match=what): C.compare(pair, clips, **(dict(drafters={"x": NullDraft()}, gammas=(1,), questions=["a ?"]) | kw))
+
+
+def test_a_target_that_changes_its_mind_is_refused(monkeypatch):
+    calls = iter(range(10**6))
+    monkeypatch.setattr(C, "plain_decode", lambda *a, **k: Decoded([next(calls)], [False], [0], [0], 1., 0., [0.], [1.], [1.], "plain"))
+    with pytest.raises(FeatsdError, match="two answers"): run({"x": lambda t: NullDraft()})
+
+
+def test_material_is_checked():
+    a = Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""])
+    tables, templates = C.word_experts(a, ["q"])
+    assert tables["q"].next([]) == 1 and templates["q"].tolist() == [1, 2]
+    with pytest.raises(FeatsdError, match="who"): C.word_experts(a, ["who ?"])
+    with pytest.raises(FeatsdError, match="featsd_train"): C.build_drafters(["gated"], None)
+    with pytest.raises(FeatsdError, match="'seer'"): C.build_drafters(["seer"], NS(draft=None, target=None, shared_vocab=1))
+    for kw, what in ((dict(gammas=(0,)), "gamma 0"), (dict(clips=0), "clips 0"), (dict(threads=0), "threads 0"), (dict(drafters=["seer"]), "'seer'"), (dict(drafters=["aligned"]), "--adapter")):
+        with pytest.raises(FeatsdError, match=what): C.run_comparison(say=lambda s: None, **kw)
+
+
+def test_words_of_another_tokenizer(tmp_path):
+    a = Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""], "theirs")
+    C.write_answers(tmp_path/"w.jsonl", a)
+    with pytest.raises(FeatsdError, match="tokenizer theirs, chain has words"): C.read_words(tmp_path/"w.jsonl", Chain())
+
+
+def test_on_the_built_in_pair(tmp_path):
+    said = []
+    c = C.run_comparison(drafters=["lookup", "own"], clips=1, questions=1, gammas=(2,), out=tmp_path, plain_runs=1, transformers=True, progress=False, say=said.append)
+    assert "no adapter given: train one" in said[0] and [r.name for r in c.rows] == ["lookup", "own"] and not any(r.broken for r in c.rows)
+    assert c.transformers["identical"] == 1 and 0 < c.rows[1].params < .5 and c.rows[0].params == 0
+    assert (tmp_path/"compare.json").is_file() and "draft" in c.about

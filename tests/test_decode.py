@@ -1,0 +1,429 @@
+"Lossless, whatever the drafter: exact laws, identical ids, equal caches, certificates, mutants that must be caught"
+import inspect
+import io
+import json
+import zlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import featsd.decode as engine
+from featsd.adapters import create_adapter
+from featsd.assist import assisted_generate, decode_clips
+from featsd.core import FeatsdError
+from featsd.data.answers import template_ids
+from featsd.data.clips import open_clips
+from featsd.data.ngram import NGramTable
+from featsd.decode import (AdversarialDraft, Draft, Drafter, EveryChoice, NullDraft, OracleDraft, Prompt, Sampling, certify, encode_prompt, exact_law,
+                           plain_decode, residual, speculative_decode, speculative_decode_batch)
+from featsd.drafters import NEEDS, AlignedDraft, make_drafter
+from featsd.models.backbone import load_pair
+from featsd.models.lean import early_exit, lean
+
+# ---- rung 0: exact laws ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TableState:
+    ids: list
+    h: torch.Tensor
+    @property
+    def lengths(self): return torch.tensor([len(self.ids)])
+
+
+class TableTarget:
+    "A random law over V tokens for every context; states are logits"
+    def __init__(self, seed=0, V=3, eos=None): self.seed, self.V, self.eos_id, self.head = seed, V, eos, type("H", (), {"logits": staticmethod(lambda h: h), "vocab_size": V})
+    def logits(self, ids):
+        g = torch.Generator().manual_seed(self.seed * 7919 + zlib.crc32(bytes(ids)))
+        return 1.5 * torch.randn(self.V, generator=g, dtype=torch.float64)
+    def prefill(self, prefixes): return TableState([], self.logits([])[None])
+    def step(self, state, ids):
+        out = []
+        for t in ids[0].tolist():
+            state.ids.append(t)
+            out.append(self.logits(state.ids))
+        return torch.stack(out)[None]
+    def rollback(self, state, lengths): state.ids = state.ids[:lengths[0]]
+
+
+class TableDraft(Drafter):
+    def __init__(self, table, certain=False, most=99): self.table, self.certain, self.most = table, certain, most
+    def draft(self, gamma):
+        ids, laws = [], []
+        for _ in range(min(gamma, self.most)):
+            q = self.sampling.law(self.table.logits(self.ids + ids))
+            laws.append(q)
+            ids.append(int(q.argmax()) if self.certain else self.sampling.draw(q))
+        return Draft(ids, None if self.certain or not ids else torch.stack(laws))
+
+
+def own_law(target, sampling, L):
+    "The target's law of answers, by the chain rule"
+    law = {(): 1.}
+    for _ in range(L):
+        more = {}
+        for k, w in law.items():
+            if k and k[-1] == target.eos_id: more[k] = w
+            else: more.update({k + (t,): w * p for t, p in enumerate(sampling.law(target.logits(k)).tolist()) if p > 0})
+        law = more
+    return law
+
+
+def distance(p, q): return sum(abs(p.get(k, 0) - q.get(k, 0)) for k in {*p, *q}) / 2
+def engine_law(target, drafter, sampling, gamma=2, L=3): return exact_law(lambda s: speculative_decode(target, drafter, Prompt(None), gamma, s, L).ids, sampling)
+
+
+@pytest.mark.parametrize("certain", [False, True])
+@pytest.mark.parametrize("gamma", [1, 2, 3, 5])
+@pytest.mark.parametrize("warp", [(1., 0, 1.), (.7, 2, 1.), (1.5, 0, .8)])
+@pytest.mark.parametrize("eos", [None, 1])
+def test_the_law_is_the_targets_exactly(certain, gamma, warp, eos):
+    target = TableTarget(5, eos=eos)
+    law = engine_law(target, TableDraft(TableTarget(6), certain), EveryChoice(*warp), gamma)
+    assert abs(sum(law.values()) - 1) < 1e-12
+    assert distance(law, own_law(target, EveryChoice(*warp), 3)) < 1e-12
+
+
+def test_exact_with_empty_proposals_and_equal_laws():
+    target = TableTarget(5)
+    for drafter in (NullDraft(), TableDraft(TableTarget(6), most=0), TableDraft(TableTarget(6), most=1), TableDraft(TableTarget(5))):
+        assert distance(engine_law(target, drafter, EveryChoice()), own_law(target, EveryChoice(), 3)) < 1e-12
+
+
+def mutated(chance=lambda p, q: p / q, refused=residual, extra=lambda p, q: p, certain_q=1.):
+    def accept(logits, draft, s):
+        p, x, q = s.law(logits), draft.ids, draft.probs
+        if not x: return 0, s.draw(p[0])
+        if q is None: q = torch.nn.functional.one_hot(torch.tensor(x), 3).double() * certain_q
+        n = s.survivors(torch.stack([chance(p[i, t], q[i, t]) for i, t in enumerate(x)]))
+        return n, s.draw(refused(p[n], q[n]) if n < len(x) else extra(p[n], q[-1]))
+    return accept
+
+
+MUTANTS = {"residual forgotten": dict(refused=lambda p, q: p), "p > q": dict(chance=lambda p, q: (p > q).double()), "extra token from q": dict(extra=lambda p, q: q),
+           "residual not clamped": dict(refused=lambda p, q: (p - q).abs() / (p - q).abs().sum()), "always accepted": dict(chance=lambda p, q: p * 0 + 1),
+           "ratio upside down": dict(chance=lambda p, q: q / p), "accepted by p alone": dict(chance=lambda p, q: p)}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_of_the_acceptance_rule_are_killed(name, monkeypatch):
+    target = TableTarget(5)
+    monkeypatch.setattr(engine, "accept_sampled", mutated(**MUTANTS[name]))
+    assert distance(engine_law(target, TableDraft(TableTarget(6)), EveryChoice()), own_law(target, EveryChoice(), 3)) > .01
+
+
+def test_the_unmutated_copy_survives(monkeypatch):
+    monkeypatch.setattr(engine, "accept_sampled", mutated())
+    assert distance(engine_law(TableTarget(5), TableDraft(TableTarget(6)), EveryChoice()), own_law(TableTarget(5), EveryChoice(), 3)) < 1e-12
+
+
+def test_a_drafter_that_lies_about_its_law_is_seen():
+    class Liar(TableDraft):
+        def draft(self, gamma):
+            d = super().draft(gamma)
+            if d.probs is not None: d.probs = torch.full_like(d.probs, 1 / 3)
+            return d
+    assert distance(engine_law(TableTarget(5), Liar(TableTarget(6)), EveryChoice()), own_law(TableTarget(5), EveryChoice(), 3)) > .01
+
+
+def test_sampling_is_seeded_and_checked():
+    a, b, c = (speculative_decode(TableTarget(5), TableDraft(TableTarget(6)), Prompt(None), 3, Sampling(1., seed=s), 20).ids for s in (0, 0, 1))
+    assert a == b != c
+    for bad in (dict(temperature=0), dict(temperature=-1.), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0.), dict(top_p=1.1)):
+        with pytest.raises(FeatsdError): Sampling(**bad)
+
+# ---- rung 1: identical ids on the built-in pair ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slow_pair():
+    torch.set_num_threads(1)
+    return load_pair("pocket")
+
+
+@pytest.fixture(scope="module")
+def pair(slow_pair): return lean(slow_pair)
+
+
+@pytest.fixture(scope="module")
+def clips(): return open_clips("pocket", "test", 12)
+
+
+@pytest.fixture(scope="module")
+def kit(pair):
+    "Prompts of every question, plain answers, and what the drafters need; the adapter is untrained on purpose"
+    train = open_clips("pocket", "train", 6)
+    known = {}
+    for q in train.questions: known[q] = [a.ids.numpy() for a in pair.target.generate([pair.target.encode(train[i], q) for i in range(6)])]
+    torch.manual_seed(0)
+    adapter = create_adapter(1, pair.draft.head.hidden_size, pair.target.head.hidden_size, bottleneck_dim=16, head_hash=pair.target.head.hash)
+    return dict(adapter=adapter, ngram={q: NGramTable(a, tokenizer_hash=pair.target.tokenizer_hash) for q, a in known.items()},
+                template={q: template_ids(a) for q, a in known.items()})
+
+
+@pytest.fixture(scope="module")
+def prompts(pair, clips): return [encode_prompt(pair, clips[i], clips.questions[i % 10]) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def plain(pair, prompts): return [plain_decode(pair.target, p).ids for p in prompts]
+
+
+NAMES = [*NEEDS, "lookup+ngram", "template+gated"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_identical_ids(name, pair, kit, prompts, plain):
+    drafter = make_drafter(name, pair, **kit)
+    for gamma in (1, 2, 5, 8):
+        for p, want in zip(prompts[:3], plain):
+            done = speculative_decode(pair.target, drafter, p, gamma)
+            assert done.ids == want and len(done.from_draft) == len(want)
+            assert sum(n + 1 for n in done.accepted) >= len(want) >= sum(n for n in done.accepted)
+            if name == "oracle": assert done.cycles == -(-len(want) // (gamma + 1)) and done.acceptance == 1
+            if name in ("null", "adversarial"): assert done.cycles == len(want) and not any(done.from_draft)
+
+
+@pytest.mark.parametrize("name", ["aligned", "gated", "ngram", "free"])
+def test_identical_ids_on_the_librarys_forward(name, slow_pair, kit, prompts, plain):
+    assert [speculative_decode(slow_pair.target, make_drafter(name, slow_pair, **kit), p, 4).ids for p in prompts[:2]] == plain[:2]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 10])
+def test_limits_inside_a_block(limit, pair, prompts, plain):
+    for gamma in (1, 3, 8, 60):
+        done = speculative_decode(pair.target, OracleDraft(pair.target), prompts[0], gamma, max_new_tokens=limit)
+        assert done.ids == plain[0][:limit] and done.cycles == -(-limit // (gamma + 1))
+        assert max(done.drafted) <= max(limit - 1, 0)
+
+
+def test_end_token_inside_a_block(pair, prompts, plain):
+    eos = pair.target.eos_id
+    beyond = OracleDraft(pair.target, answer=plain[0] + [7, 7, 7, 7, 7, 7])
+    early = OracleDraft(pair.target, answer=plain[0][:4] + [eos] + plain[0][5:])
+    for gamma in range(1, 9):
+        done = speculative_decode(pair.target, beyond, prompts[0], gamma)
+        assert done.ids == plain[0] and done.ids.count(eos) == 1 and done.ids[-1] == eos
+        assert speculative_decode(pair.target, early, prompts[0], gamma).ids == plain[0]
+
+
+def test_a_proposal_may_be_longer_than_gamma_or_empty(pair, prompts, plain):
+    class Moody(OracleDraft):
+        def draft(self, gamma): return Draft(self.known[len(self.ids):len(self.ids) + len(self.ids) % 4 * 5])
+    done = speculative_decode(pair.target, Moody(pair.target), prompts[1], 3)
+    assert done.ids == plain[1] and 0 in done.drafted and max(done.drafted) > 3
+
+
+class Spy:
+    "A target whose cache is compared with a fresh one after every rollback"
+    def __init__(self, target, prompt): self.t, self.prompt, self.worst, self.looked, self.tokens = target, prompt, 0., 0, []
+    def __getattr__(self, name): return getattr(self.t, name)
+    def step(self, state, ids, *rest):
+        self.tokens = self.tokens + ids[0].tolist()
+        return self.t.step(state, ids, *rest)
+    def rollback(self, state, lengths):
+        self.t.rollback(state, lengths)
+        self.tokens = self.tokens[:lengths[0] - self.prompt.target.embeds.shape[1]]
+        fresh = self.t.prefill([self.prompt.target])
+        for t in self.tokens: self.t.step(fresh, torch.tensor([[t]]))
+        assert state.lengths.tolist() == fresh.lengths.tolist()
+        if hasattr(state, "kv"): pairs = [(state.kv[..., :state.n[0], :], fresh.kv[..., :state.n[0], :])]
+        else: pairs = [(a, b) for x, y in zip(state.cache.layers, fresh.cache.layers) for a, b in ((x.keys, y.keys), (x.values, y.values))]
+        self.worst = max([self.worst, *((a - b).abs().max().item() for a, b in pairs)])
+        self.looked += 1
+
+
+@pytest.mark.parametrize("form", ["lean", "library"])
+def test_the_cache_equals_a_fresh_one_after_every_cycle(form, pair, slow_pair, kit, prompts, plain):
+    target = (pair if form == "lean" else slow_pair).target
+    for name in ("oracle", "adversarial", "ngram"):
+        spy = Spy(target, prompts[0])
+        assert speculative_decode(spy, make_drafter(name, pair, **kit), prompts[0], 4, max_new_tokens=16).ids == plain[0][:16]
+        assert spy.looked >= 4 and spy.worst < 1e-4
+
+
+def test_a_forgotten_rollback_is_caught(pair, prompts, plain, monkeypatch):
+    monkeypatch.setattr(type(pair.target), "rollback", lambda self, state, lengths, h=None: None)
+    assert speculative_decode(pair.target, AdversarialDraft(pair.target), prompts[0], 3).ids != plain[0]
+
+
+@pytest.mark.parametrize("level", [1, 4])
+def test_the_drafts_memory_follows_the_targets_words(level, pair, prompts, plain):
+    torch.manual_seed(1)
+    own = dict(bottleneck_dim=8) if level == 1 else dict(num_heads=4, ffn_dim=32)
+    adapter = create_adapter(level, pair.draft.head.hidden_size, pair.target.head.hidden_size, **own).eval()
+    for w in adapter.parameters(): w.data = w.data + .05 * torch.randn_like(w)
+    drafter = AlignedDraft(pair.draft, pair.target.head, adapter, pair.shared_vocab)
+    for gamma in (1, 4):
+        assert speculative_decode(pair.target, drafter, prompts[0], gamma).ids == plain[0]
+        with torch.no_grad():
+            fresh = pair.draft.forced([prompts[0].draft], [torch.tensor(plain[0] + [0])])[0]
+            want, got = pair.target.head.logits(adapter(fresh)[-1:]), drafter.law(drafter.reader.at(plain[0]))
+        assert torch.allclose(want, got, atol=1e-3)
+
+
+def test_batch_rows_are_the_single_ones(pair, slow_pair, kit, prompts, plain):
+    names = ["oracle", "adversarial", "ngram", "gated", "null"]
+    for p in (pair, slow_pair):
+        for gamma in (1, 4):
+            done = speculative_decode_batch(p.target, [make_drafter(n, p, **kit) for n in names], prompts, gamma)
+            assert [d.ids for d in done] == plain
+            for d, n, x in zip(done, names, prompts): assert d.accepted == speculative_decode(pair.target, make_drafter(n, pair, **kit), x, gamma).accepted
+    short = speculative_decode_batch(pair.target, [OracleDraft(pair.target) for _ in prompts], prompts, 4, max_new_tokens=8)
+    assert [d.ids for d in short] == [ids[:8] for ids in plain]
+    with pytest.raises(FeatsdError, match="1 drafters for 5 prompts"): speculative_decode_batch(pair.target, [NullDraft()], prompts)
+
+
+def test_early_exit_drafts_for_the_whole_model(pair, prompts, plain):
+    class Exit(AlignedDraft): name = "exit"
+    short = early_exit(pair.target, 4) # the target's own first layers as draft model
+    p = Prompt(prompts[0].target, prompts[0].target, prompts[0].question, prompts[0].ids)
+    done = speculative_decode(pair.target, Exit(short, pair.target.head), p, 3)
+    assert done.ids == plain[0] and sum(done.accepted) > 0
+    with pytest.raises(FeatsdError, match="early exit after layer 0"): early_exit(pair.target, 0)
+
+
+@pytest.fixture(scope="module")
+def thousand(pair):
+    "1,000 prompts in blocks of 50, with the target's greedy answers"
+    many, out = open_clips("pocket", "test", 100), []
+    for at in range(0, 1000, 50):
+        block = [encode_prompt(pair, many[i // 10], many.questions[i % 10]) for i in range(at, at + 50)]
+        out.append((block, [a.ids.tolist() for a in pair.target.generate([p.target for p in block])]))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thousand_prompts(name, pair, kit, thousand):
+    "1,000 prompts × γ 1..8, in batches; the first 50 one by one as well"
+    for k, (block, want) in enumerate(thousand):
+        for gamma in range(1, 9):
+            drafters = [OracleDraft(pair.target, answer=w) if name == "oracle" else AdversarialDraft(pair.target, answer=w) if name == "adversarial"
+                        else make_drafter(name, pair, **kit) for w in want]
+            assert [d.ids for d in speculative_decode_batch(pair.target, drafters, block, gamma)] == want
+            if k == 0: assert [speculative_decode(pair.target, d, p, gamma).ids for d, p in zip(drafters, block)] == want
+
+# ---- rungs 2 to 4: the certificate -------------------------------------------------------------------------------------------------
+
+
+def test_certificate_of_an_honest_decoder(pair, kit, prompts, tmp_path):
+    c = certify(pair.target, make_drafter("ngram", pair, **kit), prompts[:3], 4)
+    assert c.verdict == "identical" and c.identical == 3 and c.control_divergences == 0 and not c.divergences and c.worst_deficit <= 2 * c.band
+    c.save(tmp_path/"c.json")
+    saved = json.loads((tmp_path/"c.json").read_text())
+    assert saved["verdict"] == "identical" and saved["dtype"] == "float32" and saved["versions"]["torch"]
+
+
+def test_certificate_in_half_precision(kit, clips):
+    half = lean(load_pair("pocket", quant="bf16"))
+    asked = [encode_prompt(half, clips[i], clips.questions[i]) for i in range(6)]
+    c = certify(half.target, OracleDraft(half.target), asked, 5)
+    assert c.lossless and c.dtype == "bfloat16" and c.band > 1e-4
+    assert all(d["gap"] <= 2 * c.band for d in c.divergences)
+
+
+def test_certificate_with_four_bits(clips):
+    pytest.importorskip("bitsandbytes")
+    quant = load_pair("pocket", quant="4bit")
+    asked = [encode_prompt(quant, clips[i], clips.questions[i]) for i in range(2)]
+    assert certify(quant.target, AdversarialDraft(quant.target), asked, 3, max_new_tokens=12).lossless
+
+
+class Slips:
+    "Takes one wrong token in `every` for right"
+    def __init__(self, every): self.every, self.seen, self.slips = every, 0, 0
+    def __call__(self, best, draft):
+        n = 0
+        while n < len(draft.ids):
+            self.seen += 1
+            if draft.ids[n] != best[n]:
+                if self.seen < self.every: break
+                self.seen, self.slips = 0, self.slips + 1
+            n += 1
+        return n, best[n]
+
+
+def test_a_broken_verifier_is_caught(pair, kit, clips, monkeypatch):
+    "One wrong token in 500 drafted ones"
+    slips = Slips(500)
+    monkeypatch.setattr(engine, "accept_greedy", slips)
+    asked = [encode_prompt(pair, clips[i % 12], clips.questions[i % 10]) for i in range(20)]
+    drafter = make_drafter("ngram", pair, **kit)
+    c = certify(pair.target, drafter, asked, 8)
+    assert slips.slips >= 1 and c.verdict == "broken" and not c.lossless
+
+
+def test_an_answer_cut_short_is_caught(pair, kit, prompts):
+    def cut(*args):
+        done = speculative_decode(*args)
+        done.ids = done.ids[:9]
+        return done
+    c = certify(pair.target, NullDraft(), prompts[:2], 4, decode=cut)
+    assert c.verdict == "broken" and c.cut_short == [0, 1]
+
+# ---- the lossy mode, transformers, the terminal --------------------------------------------------------------------------------------
+
+
+def test_lossy_is_never_the_default_and_says_so(pair, kit, prompts, plain):
+    assert inspect.signature(speculative_decode).parameters["mode"].default == "lossless"
+    assert inspect.signature(decode_clips).parameters["mode"].default == "lossless"
+    drafter = make_drafter("aligned", pair, kit["adapter"])
+    drafter.states = True
+    strict = speculative_decode(pair.target, drafter, prompts[0], 4, mode="lossy", tau=.9999)
+    assert strict.mode == "lossy" and strict.ids == plain[0] and not sum(strict.accepted)
+    loose = speculative_decode(pair.target, drafter, prompts[0], 4, mode="lossy", tau=-1.)
+    assert loose.mode == "lossy" and loose.ids != plain[0] and loose.agreement < 1 and loose.acceptance == 1
+    with pytest.raises(FeatsdError, match="no states"): speculative_decode(pair.target, make_drafter("ngram", pair, **kit), prompts[0], 4, mode="lossy")
+    with pytest.raises(FeatsdError, match="greedy"): speculative_decode(pair.target, drafter, prompts[0], 4, Sampling(), mode="lossy")
+    out = io.StringIO()
+    decode_clips(pair, drafter="null", mode="lossy", out=out)
+    assert "LOSSY" in out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["oracle", "adversarial", "ngram", "own", "aligned"])
+def test_transformers_generate_takes_the_drafters(name, pair, kit, prompts, plain):
+    for gamma in (1, 5):
+        assert assisted_generate(pair.target.lm, make_drafter(name, pair, **kit), prompts[0], gamma, eos_token_id=pair.target.eos_id) == plain[0]
+    assert assisted_generate(pair.target.lm, make_drafter(name, pair, **kit), prompts[0], 5, 9, eos_token_id=pair.target.eos_id) == plain[0][:9]
+
+
+def test_the_terminal_shows_the_answer(pair, clips, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    want = plain_decode(pair.target, encode_prompt(pair, clips[1], clips.questions[2]))
+    for no_color, Out in ((None, Terminal), ("1", Terminal), (None, io.StringIO)):
+        if no_color is None: monkeypatch.delenv("NO_COLOR", raising=False)
+        else: monkeypatch.setenv("NO_COLOR", no_color)
+        out = Out()
+        done = decode_clips(pair, clip=1, question=2, drafter="oracle", gamma=3, out=out)
+        assert done.ids == want.ids
+        colored = Out is Terminal and no_color is None
+        assert ("\033[" in out.getvalue()) == colored
+        text, line = out.getvalue().rstrip("\n").split("\n")
+        if not colored: assert text == pair.target.decode_text(want.ids)
+        assert "same ids" in line and "x plain decoding" in line and "τ" in line
+
+
+BAD = [(dict(gamma=0), "gamma 0"), (dict(gamma=-3), "gamma -3"), (dict(drafter="magic"), "expected one of null"), (dict(drafter="aligned"), "needs an adapter"),
+       (dict(drafter="ngram"), "needs an n-gram table"), (dict(clip=-1), "clip -1"), (dict(question="How are you ?"), "How are you"), (dict(temperature=-1.), "temperature"),
+       (dict(mode="fast"), "'lossless' or 'lossy'"), (dict(drafter="aligned", adapter="nowhere.pt"), "nowhere.pt"), (dict(drafter="ngram", words="nowhere"), "nowhere"),
+       (dict(pair="draft=a"), "draft=FOLDER,target=FOLDER"), (dict(max_new_tokens=0), "max_new_tokens")]
+
+
+@pytest.mark.parametrize("bad,message", BAD)
+def test_bad_input_is_one_line(bad, message, pair):
+    with pytest.raises((ValueError, OSError)) as e: decode_clips(**{"pair": pair, "out": io.StringIO(), "drafter": "null", **bad})
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_foreign_adapter_or_table_names_both_sides(pair, kit, tmp_path):
+    with pytest.raises(ValueError, match=f"trained against head 000000.*{pair.target.head.hash[:16]}"):
+        make_drafter("aligned", pair, create_adapter(1, pair.draft.head.hidden_size, bottleneck_dim=8, head_hash="0" * 64))
+    NGramTable([[5, 6, 7]], tokenizer_hash="f" * 64).save(tmp_path/"t.safetensors")
+    with pytest.raises(FeatsdError, match=f"table of tokenizer ffff.*{pair.target.tokenizer_hash[:16]}"):
+        decode_clips(pair, drafter="ngram", words=tmp_path/"t.safetensors", out=io.StringIO())
+    (tmp_path/"torn.safetensors").write_bytes(b"\x10" * 40)
+    with pytest.raises(FeatsdError, match="expected an n-gram table"): decode_clips(pair, drafter="ngram", words=tmp_path/"torn.safetensors", out=io.StringIO())

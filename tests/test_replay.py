@@ -1,0 +1,142 @@
+"Laws of replay: counted acceptance is what a decoder would accept; automaton, trees and gain against brute force; bad logs are named"
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featsd import replay as R
+from featsd.core import FeatsdError
+from featsd.data.answers import Answers, read_answers, template_ids, write_answers
+from featsd.data.ngram import NGramTable
+
+REAL = Path(os.environ.get("FEATSD_SHARED_DATA") or Path(__file__).parents[2]/"shared"/"data")/"tokens"/"test_tokens_1q.json"
+
+
+def log(n=24, seed=0, vocab=6, questions=1):
+    rng = np.random.default_rng(seed)
+    ids = lambda: [rng.integers(0, vocab, rng.integers(2, 14)) for _ in range(n)]
+    return Answers([f"c{i // questions}" for i in range(n)], [f"q{i % questions}" for i in range(n)], ids(), ids(), ["d"] * n, ["t"] * n)
+
+
+def brute_next(training, context):
+    "Most frequent follower of the longest seen tail; the begin mark belongs to the text"
+    texts, tail = [[-1, *a] for a in training], [-1, *context]
+    while True:
+        after = [t[i + len(tail)] for t in texts for i in range(len(t) - len(tail)) if t[i:i + len(tail)] == tail]
+        if after: return min(set(after), key=lambda t: (-after.count(t), t))
+        tail = tail[1:]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_suffix_automaton_against_brute_force(seed):
+    a = log(30, seed, vocab=4)
+    training = [x.tolist() for x in a.target_ids[:18]]
+    auto = R.SuffixAutomaton(training)
+    for x in a.target_ids[18:]:
+        for i in range(len(x)): assert auto.next_token(x[:i].tolist()) == brute_next(training, x[:i].tolist())
+    assert auto.propose([9, 9], 3)[0] == brute_next(training, [9, 9]) # ids never seen: the empty tail is left
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 9])
+def test_tree_is_the_likeliest_set_and_closed(nodes):
+    a = log(30, 3, vocab=4)
+    tree = R.TreeDraft(NGramTable(a[:20], 3, strength=2.))
+    law = lambda c: {t: p for p, t in tree.law(c)}
+    every = {p: np.prod([law(p[:k])[p[k]] for k in range(len(p))]) for n in (1, 2, 3, 4, 5) for p in np.ndindex(*[4] * n) if all(p[k] in law(p[:k]) for k in range(len(p)))}
+    got = tree.grow([], nodes)
+    assert len(got) == nodes and all(p[:k] in got for p in got for k in range(1, len(p)))
+    assert sorted((every.get(p, -1) for p in got), reverse=True) == pytest.approx(sorted(every.values(), reverse=True)[:nodes])
+
+
+def test_more_nodes_accept_more_and_one_token_per_cycle_is_the_floor():
+    a = log(40, 1)
+    tree = R.TreeDraft(NGramTable(a[:20], 4))
+    taus = []
+    for m in (1, 2, 4, 8, 16):
+        tokens, cycles, accepted = R.replay_trees(tree, a[20:], m)
+        assert tokens.sum() <= accepted.sum() + cycles.sum() < tokens.sum() + len(tokens) + 1
+        taus.append(tokens.sum() / cycles.sum())
+    assert taus == sorted(taus) and taus[0] >= 1
+
+
+def test_an_echo_fills_every_block_and_noise_none():
+    a = log(30)
+    echo = Answers(a.clip_ids, a.questions, a.target_ids, a.target_ids, a.draft_texts, a.target_texts)
+    row = R.replay(echo, gammas=(3,), nodes=(), n_boot=20).row("raw draft tokens")
+    assert row.match_0 == 1 and row.tau[3].value == pytest.approx(sum(map(len, a.target_ids[15:])) / sum(-(-len(x) // 4) for x in a.target_ids[15:]))
+    other = Answers(a.clip_ids, a.questions, [x + 100 for x in a.target_ids], a.target_ids, a.draft_texts, a.target_texts)
+    assert R.replay(other, gammas=(3,), nodes=(), n_boot=20).row("raw draft tokens").tau[3].value == 1
+
+
+def test_fitting_never_sees_the_tested_half():
+    a = log(30)
+    changed = Answers(a.clip_ids, a.questions, a.draft_ids, a.target_ids[:15] + [x[:1] + 50 for x in a.target_ids[15:]], a.draft_texts, a.target_texts)
+    first, second = R.replay(a, n_boot=20, nodes=()), R.replay(changed, n_boot=20, nodes=())
+    assert first.about["fit"] == 15 and second.row("template").tau[3].value == 1 # ids that were never fitted
+    assert template_ids(a[:15]).tolist() == template_ids(changed[:15]).tolist()
+
+
+def test_cascade_follows_the_template_only_while_the_answer_does():
+    template, table = [1, 2, 3], NGramTable([[1, 9, 8, 7], [1, 9, 8, 7]])
+    propose = R.cascade(template, table)
+    assert propose([], 2) == [1, 2] and propose([1], 2) == [2, 3] and propose([1, 9], 2) == [8, 7]
+
+
+def test_gain_needs_the_right_clip():
+    rng = np.random.default_rng(0)
+    things = rng.integers(10, 16, 120)
+    target, draft = [np.array([1, t, 2]) for t in things], [np.array([30, t]) for t in things]
+    a = Answers([f"c{i}" for i in range(120)], ["q"] * 120, draft, target, [""] * 120, [""] * 120)
+    right = R.word_gain(*a.split(.5), n=100)
+    a.draft_ids = [draft[i] for i in rng.permutation(120)]
+    wrong = R.word_gain(*a.split(.5), n=100)
+    assert right.gain.low > .3 and right.weight > 2 and right.gain_other < right.gain.value and wrong.gain.value < .1
+
+
+def test_speedups_are_estimates_and_pay_for_the_draft():
+    done = R.replay(log(30), timing=R.PUBLISHED, n_boot=20)
+    raw, table = done.row("raw draft tokens"), done.row("n-gram, order 7")
+    assert all(raw.speedup[g] < 1 for g in (3, 5, 8)) and all(table.speedup[g] <= table.tau[g].value for g in (3, 5, 8))
+    assert "estimates" in done.table() and R.replay(log(30), n_boot=20).row("template").speedup == {}
+
+
+def test_files_round_trip_and_the_command(tmp_path):
+    a = log(24, questions=2)
+    write_answers(tmp_path/"log.jsonl", a)
+    done = R.run_replay(tmp_path/"log.jsonl", out=tmp_path/"out", n_boot=20, say=lambda s: None)
+    saved = json.loads((tmp_path/"out"/"replay.json").read_text())
+    assert len(saved["rows"]) == len(done.rows) and done.row("n-gram by question") and (tmp_path/"out"/"replay.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("line,what", [('{"clip_id": "c"}', "question"), ('{"clip_id": "c", "question": "q", "draft_ids": [1.5], "target_ids": [1], "draft_text": "", "target_text": ""}', "draft_ids"),
+                                       ('{"clip_id": "c", "question": "q", "draft_ids": [1], "target_ids": [], "draft_text": "", "target_text": ""}', "target_ids")])
+def test_bad_records_are_named_or_counted(tmp_path, line, what):
+    write_answers(tmp_path/"log.jsonl", log(20))
+    with open(tmp_path/"log.jsonl", "a") as f: f.write(line + "\n")
+    with pytest.raises(FeatsdError, match=f"line 21.*{what}"): R.run_replay(tmp_path/"log.jsonl", say=lambda s: None)
+    said = []
+    R.run_replay(tmp_path/"log.jsonl", skip_bad=True, n_boot=20, say=said.append)
+    assert "1 records skipped" in said[0]
+
+
+@pytest.mark.parametrize("kw,what", [({"fit_fraction": 0}, "fit_fraction"), ({"gammas": (0,)}, "gamma 0"), ({"nodes": (-1,)}, "gamma -1"), ({"fit_fraction": .001}, "0 answers to fit")])
+def test_bad_settings(kw, what):
+    with pytest.raises(FeatsdError, match=what): R.replay(log(), **kw)
+
+
+def test_times_from_a_wrong_file(tmp_path):
+    (tmp_path/"t.json").write_text('{"sd_per_sample": {}}')
+    with pytest.raises(FeatsdError, match="wall-clock"): R.read_times(tmp_path/"t.json")
+    (tmp_path/"u.json").write_text('{"speed": 3}')
+    with pytest.raises(FeatsdError, match="speed"): R.read_times(tmp_path/"u.json")
+    assert R.read_times("published") is R.PUBLISHED and R.read_times(None) is None
+
+
+def test_real_log():
+    if not REAL.is_file(): pytest.skip("the real log is not at hand: set FEATSD_SHARED_DATA to the folder that holds tokens/test_tokens_1q.json")
+    done = R.replay(read_answers(REAL), orders=(), nodes=(8,), n_boot=50)
+    assert done.about["raw_consecutive_all"] == pytest.approx(.0073, abs=5e-5) and done.row("template").consecutive == pytest.approx(8.69, abs=5e-3)
+    for g, t in {3: 2.34, 5: 2.60, 8: 2.86}.items(): assert done.row("n-gram, order 7").tau[g].value == pytest.approx(t, abs=.02)
+    assert done.row("tree, order 7").tau[8].value == pytest.approx(3.0, abs=.1)
