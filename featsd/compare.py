@@ -595,7 +595,8 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
                    adapters=(), # paths of checkpoints, PATH@k for the draft's first k layers
                    drafters=None, # names; default all, without adapter those that need none
                    clips=40, questions=3, gammas=(1, 2, 3, 4, 6, 8), threads=1,
-                   out="comparison", # folder: results, and the words and validation states that are made on the way
+                   out="comparison", # folder of the results
+                   cache=None, # folder for the words and validation states that are made on the way; default: `out`
                    dataset_dir="pocket", split="test", quant="fp32",
                    words=None, # log or store of training answers; default: the target answers `word_clips` training clips
                    val=None, # store of validation clips; default: `val_clips` are extracted
@@ -607,7 +608,7 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
         if value < 1: raise FeatsdError(f"{what} {value}: expected at least 1")
     names = list(drafters or [n for n in ALL if adapters or "adapter" not in NEEDS[n]])
     if wrong := [p for n in names for p in n.split("+") if p not in NEEDS]: raise FeatsdError(f"drafter {wrong[0]!r}: expected one of {', '.join(NEEDS)}, or several joined by '+'")
-    needs, out = set(sum((NEEDS[p] for n in names for p in n.split("+")), ())), Path(out)
+    needs, out, cache = set(sum((NEEDS[p] for n in names for p in n.split("+")), ())), Path(out), Path(cache or out)
     if "adapter" in needs and not adapters: raise FeatsdError(f"drafter {next(n for n in names if 'adapter' in NEEDS[n.split('+')[0]])!r}: {TRAIN_ONE}")
     if not adapters: say(TRAIN_ONE)
     pair = lean(parse_pair(pair, quant))
@@ -616,12 +617,12 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
     asked, held_out = data.questions[:questions], [data[i] for i in range(len(data))]
     tables = templates = states = None
     if needs & {"ngram", "template"}:
-        log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, dataset_dir, out/"words.jsonl", progress=progress)
+        log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, dataset_dir, cache/f"words_{pair.target.model_hash[:12]}.jsonl", progress=progress)
         if both := {c.id for c in held_out} & set(log.clips): raise FeatsdError(f"clip {sorted(both)[0]}: its answers are among the training words and it is to be compared on ({len(both)} such clips); hold clips out")
         tables, templates = word_experts(log, asked, pair.target.tokenizer_hash)
     costs = {}
     if {"adapter", "ngram"} <= needs and (val or val_clips):
-        states = open_states(val or extract(out/"hidden_states", dataset_dir, pair, "val", quant=quant, max_samples=val_clips, max_questions=questions, max_new_tokens=max_new_tokens, progress=progress))
+        states = open_states(val or extract(cache/f"hidden_states_{pair.target.model_hash[:6]}_{pair.draft.model_hash[:6]}", dataset_dir, pair, "val", quant=quant, max_samples=val_clips, max_questions=questions, max_new_tokens=max_new_tokens, progress=progress))
         some = open_clips(dataset_dir, "val", 2)
         with quiet_clock(threads):
             for label, (adapter, layers) in given.items():
