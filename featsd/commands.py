@@ -292,11 +292,8 @@ def featsd_compare(
     counts = numbers(threads, "threads") or [1]
     for n in counts:
         folder = Path(out) if len(counts) == 1 else Path(out)/f"threads_{n}"
-        made = Path(out)/f"threads_{counts[0]}" # words and validation states are made once
-        run_comparison(pair, [a for a in adapter.split(",") if a], [d for d in drafters.split(",") if d] or None, clips, questions, numbers(gammas, "gammas"), n, folder, dataset_dir, split, quant,
-                       words or (str(made/"words.jsonl") if n != counts[0] and (made/"words.jsonl").is_file() else None),
-                       val or next((str(p) for p in made.glob("hidden_states/chunked_val_*")), None) if n != counts[0] else val,
-                       word_clips, val_clips, numbers(draft_layers, "draft_layers") or None, dynamic, wrong_clip, max_new_tokens, seed, plain_runs, transformers)
+        run_comparison(pair, [a for a in adapter.split(",") if a], [d for d in drafters.split(",") if d] or None, clips, questions, numbers(gammas, "gammas"), n, folder, out, dataset_dir, split, quant,
+                       words, val, word_clips, val_clips, numbers(draft_layers, "draft_layers") or None, dynamic, wrong_clip, max_new_tokens, seed, plain_runs, transformers)
         print(folder)
 
 # %% ../nbs/commands.ipynb #cell015
