@@ -223,7 +223,9 @@ def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's 
             streams=("draft_forced", "draft_free"),
             timing=None, sd_config=None, # TimingConfig, SDConfig
             head=None, # the target's Head; None: the store's
-            name=None, n_boot=400, seed=0, ridge=1e-3)->Measurement:
+            name=None, n_boot=400, seed=0, ridge=1e-3,
+            words=None, # Answers the language baselines are fitted on; None: those of `train`
+           )->Measurement:
     "Metrics of an adapter on each stream, and of every baseline beside it, in one pass per stream"
     adapter = load_any_adapter(checkpoint)[0] if isinstance(checkpoint, (str, Path)) else checkpoint
     if len(test) == 0: raise FeatsdError("measure: no pairs in the test data; extract more clips or choose another split")
@@ -253,7 +255,7 @@ def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's 
     answers = answers_of(test)
     if answers is None: out.notes.append("The store holds no token ids, so words alone are not measured.")
     else:
-        out.word_flags = word_nulls_flags(None if train is None else answers_of(train), answers)
+        out.word_flags = word_nulls_flags(words if words is not None or train is None else answers_of(train), answers)
         out.rows += [word_row(k, v, out.clips, n_boot) for k, v in out.word_flags.items()]
     return out
 
