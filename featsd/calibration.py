@@ -122,7 +122,7 @@ class Laws(NamedTuple):
     words: Tensor       # [n, V] log p_ngram
     aligned: Tensor     # [n, V] log p_aligned
     choice: np.ndarray  # [n] the table's first choice
-    share: np.ndarray   # [n] its share
+    share: np.ndarray   # [n] its smoothed probability
     index: np.ndarray   # [n] answer of each position
 
 def expert_laws(states, # `States`
@@ -146,7 +146,7 @@ def expert_laws(states, # `States`
                     if len(known) * z.shape[1] > 2**22: known.clear()   # 32 MB
                     known[node] = torch.from_numpy(words.smoothed(text[:t].tolist(), z.shape[1])).log()
                 prior.append(known[node])
-                first.append((words.best[node[1]], words.counts[words.starts[node[1]]] / words.n[node[1]]))
+                first.append((words.best[node[1]], float(known[node][words.best[node[1]]].exp())))
             yield Laws(text[at], torch.stack(prior).to(z.device), z, np.array([f[0] for f in first]), np.array([f[1] for f in first]), np.full(len(at), batch.index[b]))
             left = None if left is None else left - 1
             if left == 0: return

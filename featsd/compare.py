@@ -7,7 +7,8 @@ __all__ = ['KINDS', 'COLUMNS', 'TRAIN_ONE', 'ALL', 'Arm', 'Run', 'run_arm', 'run
            'Watch', 'interleave', 'Curves', 'curves_of_runs', 'Row', 'kind_of', 'weights_read', 'parameter_ratio',
            'verification_ms', 'cost_row', 'set_bounds', 'Advantage', 'advantage', 'Comparison', 'compare', 'table',
            'by_question', 'question_table', 'verdict', 'report', 'speedup_figure', 'save', 'training_words',
-           'read_words', 'word_experts', 'measured_costs', 'adapters_of', 'build_drafters', 'run_comparison']
+           'read_words', 'word_experts', 'measured_costs', 'reading_ms', 'adapters_of', 'build_drafters',
+           'run_comparison']
 
 # %% ../nbs/05b_compare.ipynb #cell002
 import copy
@@ -36,7 +37,7 @@ from .extract import extract, parse_pair
 from .metrics import TimingConfig
 from .models.lean import early_exit, lean
 from .nulls import answers_of, plain
-from .timeline import costs_of, expected_tau, measure_stages, speedup_bound, speedup_seed_decode, verify_cost
+from .timeline import expected_tau, speedup_bound, speedup_seed_decode
 
 # %% ../nbs/05b_compare.ipynb #cell005
 @dataclass
@@ -526,11 +527,28 @@ def word_experts(words:Answers, questions, tokenizer_hash="", order=7)->tuple: #
 TRAIN_ONE = ("no adapter given: train one with `featsd_extract --split train --max_samples 150 --chunked --quant fp32` and "
              "`featsd_train --train_data hidden_states/chunked_train_1s_fp32 --adapter_level 1 --loss kl`, then pass its best_model.pt with --adapter")
 
-def measured_costs(pair, clips, questions, adapter=None)->Costs:
-    "Costs of a consultation, of a verified token and of a cycle, on this machine"
-    t = measure_stages(pair, clips, questions, adapter, runs=4)
-    c, o = costs_of(t)
-    return Costs(c, (verify_cost(t, 9) - 1) / 8, o)
+def measured_costs(target, drafter, prompts, gamma=8, max_new_tokens=50)->Costs:
+    "What the cycles of a drafter that always consults its model cost on this machine, in plain target steps (medians)"
+    for _ in range(2): # the first round warms up
+        plain_runs = [plain_decode(target, p, None, max_new_tokens) for p in prompts]
+        runs = [speculative_decode(target, drafter, p, gamma, None, max_new_tokens) for p in prompts]
+    step = float(np.median([ms for d in plain_runs for ms in d.cycle_ms]))
+    full = [(c, v, w) for d in runs for k, c, v, w in zip(d.drafted, d.draft_ms, d.verify_ms, d.cycle_ms, strict=True) if k == gamma]
+    if not full: return Costs()
+    draft, verify, whole = (float(np.median(x)) / step for x in zip(*full, strict=True))
+    return Costs(draft / gamma, max(0., verify - 1) / gamma, max(0., whole - draft - verify), read=reading_ms(drafter.reader.model, prompts[0].draft) / step)
+
+def reading_ms(model, prefix, k=8, runs=20)->float:
+    "What each further token in one forward adds"
+    state = model.prefill([prefix])
+    start, ms = int(state.lengths[0]), {1: [], k + 1: []}
+    for i in range(2 * runs):
+        n = (1, k + 1)[i % 2]
+        began = time.perf_counter()
+        model.step(state, torch.full((1, n), model.eos_id, device=state.h.device)).sum().item()
+        ms[n].append(1e3 * (time.perf_counter() - began))
+        model.rollback(state, [start])
+    return max(0., float(np.median(ms[k + 1]) - np.median(ms[1]))) / k
 
 def adapters_of(paths, depth=None)->dict: # label -> (adapter, draft layers or None)
     "Adapters by label; PATH@k ties one to the draft's first k layers"
@@ -548,7 +566,7 @@ def adapters_of(paths, depth=None)->dict: # label -> (adapter, draft layers or N
 def build_drafters(names, pair, adapters=None, # of `adapters_of`
                    tables=None, templates=None, # of `word_experts`
                    val=None, # States of validation clips; without them fusion weighs both experts alike and the gate is .8
-                   costs=None, # {label: Costs}, for the gate
+                   prompts=(), # validation prompts on which the costs behind gate and stopping are measured; without them the defaults of `Costs`
                    dynamic=False, # also variants that stop where they are unsure
                    max_new_tokens=50)->tuple: # {name: Drafter}, lines that say what was fitted
     "Drafters by name; those that need an adapter come once per adapter"
@@ -560,11 +578,12 @@ def build_drafters(names, pair, adapters=None, # of `adapters_of`
             s = {"weights": (1., 1.), "gate": .8, "stop": {}}
             if val is not None and layers in (None, len(pair.draft.decoder.layers)):
                 s["weights"] = fit_fusion(val, tables, adapter, pair.target.head)
-                ops, k = opinions(val, tables, adapter, pair.target.head, s["weights"]), (costs or {}).get(label)
+                ops = opinions(val, tables, adapter, pair.target.head, s["weights"])
+                k = measured_costs(pair.target, make_drafter("fused", pair, adapter, tables, weights=s["weights"]), prompts, max_new_tokens=max_new_tokens) if prompts else None
                 s["gate"] = fit_gate(ops, min_confidences=(0.,), costs=k)["gate"]
                 for n, gates in (("ngram", (0.,)), ("fused", (1.01,)), ("gated", None)):
                     s["stop"][n] = fit_gate(ops, costs=k, **({"gates": gates} if gates else {}))
-                lines.append(f"{label}: fusion weights {s['weights'][0]:.2f} (table), {s['weights'][1]:.2f} (adapter); the table drafts alone from a share of {s['gate']:.2f}; fitted on {len(val)} validation answers")
+                lines.append(f"{label}: fusion weights {s['weights'][0]:.2f} (table), {s['weights'][1]:.2f} (adapter); the table drafts alone where it is {s['gate']:.2f} sure; fitted on {len(val)} validation answers")
             cache[label] = s
         return cache[label]
     for name in names:
@@ -620,14 +639,12 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
         log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, dataset_dir, cache/f"words_{pair.target.model_hash[:12]}.jsonl", progress=progress)
         if both := {c.id for c in held_out} & set(log.clips): raise FeatsdError(f"clip {sorted(both)[0]}: its answers are among the training words and it is to be compared on ({len(both)} such clips); hold clips out")
         tables, templates = word_experts(log, asked, pair.target.tokenizer_hash)
-    costs = {}
+    prompts = []
     if {"adapter", "ngram"} <= needs and (val or val_clips):
         states = open_states(val or extract(cache/f"hidden_states_{pair.target.model_hash[:6]}_{pair.draft.model_hash[:6]}", dataset_dir, pair, "val", quant=quant, max_samples=val_clips, max_questions=questions, max_new_tokens=max_new_tokens, progress=progress))
         some = open_clips(dataset_dir, "val", 2)
-        with quiet_clock(threads):
-            for label, (adapter, layers) in given.items():
-                costs[label] = measured_costs(pair if layers is None else _shortened(pair, layers), [some[i] for i in range(len(some))], asked[:2], adapter)
-    made, lines = build_drafters(names, pair, given, tables, templates, states, costs, dynamic, max_new_tokens)
+        prompts = [encode_prompt(pair, some[i], q) for i in range(len(some)) for q in asked[:2]]
+    with quiet_clock(threads): made, lines = build_drafters(names, pair, given, tables, templates, states, prompts, dynamic, max_new_tokens)
     wrong = [n for n, d in made.items() if kind_of(d) == "sensor" and n.split()[0].rstrip(",") in ("aligned", "gated")] if wrong_clip else []
     result = compare(pair, held_out, made, gammas, asked, max_new_tokens, threads, seed, plain_runs, transformers, wrong, progress=progress)
     result.lines = lines

@@ -26,7 +26,7 @@ class NGramDraft(Drafter):
     "The n-gram table's first choices; contexts that recur are looked up once"
     name = "ngram"
     def __init__(self, table, # NGramTable, or {question: NGramTable}
-                 min_confidence=0.): # stop where the first choice's share falls under this
+                 min_confidence=0.): # stop where the table is less sure of its first choice than this
         self.tables, self.min_confidence, self.seen = table, min_confidence, {}
 
     def start(self, prompt, sampling=None):
@@ -34,13 +34,13 @@ class NGramDraft(Drafter):
         self.table = per_question(self.tables, prompt.question)
         self.memo = self.seen.setdefault(id(self.table), {})
 
-    def look(self, text): # token, share
+    def look(self, text): # token, its probability
         "The table's first choice after `text` and how sure it is"
         key = tuple(text[-self.table.order:])
         if key not in self.memo:
             if len(self.memo) > 200_000: self.memo.clear()
             node = self.table.path(key)[-1] # a short key is a whole answer: the begin mark is implied
-            self.memo[key] = self.table.best[node], float(self.table.counts[self.table.starts[node]] / self.table.n[node])
+            self.memo[key] = self.table.best[node], self.table.sure(key)
         return self.memo[key]
 
     def draft(self, gamma):
@@ -298,7 +298,7 @@ class FusedDraft(AlignedDraft):
 class GatedDraft(FusedDraft):
     "The n-gram table while it is sure; elsewhere the fused law, for which the draft model is consulted once"
     name = "gated"
-    def __init__(self, model, head, adapter, table, weights=(1., 1.), gate=.8, # share from which the table drafts alone; see `fit_gate`
+    def __init__(self, model, head, adapter, table, weights=(1., 1.), gate=.8, # how sure the table must be to draft alone; see `fit_gate`
                  shared_vocab=None, min_confidence=0.):
         super().__init__(model, head, adapter, table, weights, shared_vocab, min_confidence)
         self.gate = gate
@@ -348,7 +348,7 @@ class Cascade(Drafter):
 class Opinions:
     "What words alone and both experts say along one answer"
     words_hit: np.ndarray # [n] bool: the table's first choice is the token
-    share: np.ndarray # [n] its share
+    share: np.ndarray # [n] how sure the table is of it, `NGramTable.sure`
     fused_hit: np.ndarray # [n] bool
     sure: np.ndarray # [n] top-1 probability of the fused law
 
@@ -359,6 +359,7 @@ class Costs:
     v: float = .04 # what each further token in a verification adds
     o: float = .03 # the rest of a cycle
     words: float = .005 # one token from the table
+    read: float = .02 # what each further unread token adds to a consultation
 
 def opinions(states, table, adapter, head, weights=(1., 1.), stream="draft_forced", max_pairs=400)->list: # `Opinions` per answer
     out = []
@@ -368,23 +369,24 @@ def opinions(states, table, adapter, head, weights=(1., 1.), stream="draft_force
     return out
 
 def predict(ops, # list of `Opinions`
-            gamma, gate, # share from which the table drafts alone: 0 = always, above 1 = never
+            gamma, gate, # how sure the table must be to draft alone: 0 = always, above 1 = never
             costs=None, min_confidence=0.)->tuple: # speedup, τ
     "Speedup over plain decoding that a gated drafter would give on these answers"
     k, tokens, cycles, spent = costs or Costs(), 0, 0, 0.
     for a in ops:
         alone = a.share >= gate
         hit, sure = np.where(alone, a.words_hit, a.fused_hit).tolist(), np.where(alone, a.share, a.sure).tolist()
-        price, n, i = np.where(alone, k.words, k.c + k.words).tolist(), len(hit), 0
+        alone, n, i, seen = alone.tolist(), len(hit), 0, 0 # the model has read `seen` tokens
         while i < n:
             g = m = 0
             standing = True
             while g < min(gamma, n - i - 1):
-                spent += price[i + g]
+                spent += k.words
+                if not alone[i + g]: spent, seen = spent + k.c + k.read * max(0, i + g - seen - 1), i + g
                 if sure[i + g] < min_confidence: break
                 standing = standing and hit[i + g]
                 m, g = m + standing, g + 1
-            spent, tokens, cycles, i = spent + 1 + k.v * g + k.o, tokens + m + 1, cycles + 1, i + m + 1
+            spent, tokens, cycles, i, seen = spent + 1 + k.v * g + k.o, tokens + m + 1, cycles + 1, i + m + 1, min(seen, i + m)
     return tokens / max(spent, 1e-9), tokens / max(cycles, 1)
 
 def fit_gate(ops, # of validation clips

@@ -128,6 +128,16 @@ def smoothed(self:NGramTable,
         p /= self.n[node] + self.strength * (b - a)
     return p
 
+@patch
+def sure(self:NGramTable, context)->float:
+    "Probability of the first choice under `smoothed`, over the tokens seen in training: a context seen once makes nobody certain"
+    path, p = self.path(context), 1 / (self.M - 1)
+    for node in path:
+        a, b = self.starts[node], self.starts[node + 1]
+        T, at = self.strength * (b - a), np.flatnonzero(self.ids[a:b] == self.best[path[-1]])
+        p = (T * p + (self.counts[a + at[0]] if len(at) else 0)) / (self.n[node] + T)
+    return float(p)
+
 # %% ../../nbs/data/13_ngram.ipynb #cell017
 @patch
 def _levels(self:NGramTable, answers):

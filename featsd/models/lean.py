@@ -156,8 +156,14 @@ def rollback(self, state, lengths, h=None):
     if h is not None: state.h = h
 
 def select(self, state, rows):
-    "Keep these rows, in this order"
-    state.kv, state.n, state.h = state.kv[:, rows], [state.n[i] for i in rows.tolist()], state.h[rows]
+    "Keep these rows, in this order; where rows only leave, those behind them move up in place"
+    keep, used = rows.tolist(), max(state.n)
+    if all(a < b for a, b in zip(keep, keep[1:])):
+        for i, r in enumerate(keep):
+            if i != r: state.kv[:, i, ..., :used, :] = state.kv[:, r, ..., :used, :]
+        state.kv = state.kv[:, :len(keep)]
+    else: state.kv = state.kv[:, rows]
+    state.n, state.h = [state.n[i] for i in keep], state.h[rows]
 
 Lean.prefill, Lean.rollback, Lean.select = prefill, rollback, select
 
