@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BUCKETS', 'CONJECTURE', 'SHOWN', 'auroc', 'share_by_clip', 'by_clip', 'Reliability', 'reliability', 'reliability_of',
            'conjecture', 'per_question', 'Laws', 'expert_laws', 'joined_laws', 'fit_weights', 'product', 'fit_fusion',
-           'word_tables', 'Gain', 'cross_modal_gain', 'Calibration', 'calibrate', 'worth_of_events', 'gains',
-           'calibration_report', 'gain_lines', 'calibration_figures']
+           'word_tables', 'Gain', 'cross_modal_gain', 'Calibration', 'calibrate', 'calibrate_to_folder',
+           'worth_of_events', 'gains', 'calibration_report', 'gain_lines', 'calibration_figures']
 
 # %% ../nbs/03b_calibration.ipynb #cell002
 import copy
@@ -25,6 +25,7 @@ from .data import figures
 from .data.answers import Interval, clip_bootstrap
 from .data.ngram import NGramTable
 from .data.store import check_head as same_head
+from .data.store import open_states
 from .metrics import accepts, aligner
 from .nulls import answers_of, plain
 
@@ -279,6 +280,17 @@ def calibrate(m, # Measurement of the adapter on `test`
     if val is None or test is None or words is None: out.notes.append("No validation states or no training answers were given, so the cross-modal gain is not known.")
     else: out.gains = gains(adapter, test, val, words, head or test.head(), n_boot, max_pairs, out.notes)
     return out
+
+def calibrate_to_folder(m, # Measurement, saved in `m.folder`
+                        checkpoint, test_data, val_data=None, train_data=None, # paths
+                        n_boot=400)->Calibration: # None where no token was compared
+    "`calibrate` beside a measurement, from files; adds calibration.json, calibration.txt and pictures to its folder"
+    if any(m.scores[s, m.name].rank is None for s in m.metrics): return None
+    test, val = open_states(test_data), None if val_data is None else open_states(val_data)
+    words = None if train_data is None else answers_of(open_states(train_data))
+    c = calibrate(m, checkpoint, test, val, words, None, n_boot)
+    c.save(m.folder)
+    return c
 
 def worth_of_events(right, wrong, n_boot=400)->Interval:
     "Bits per token that the right clip's events bring: CE(fused | another clip, its own weights) − CE(fused | this clip), answer by answer"

@@ -115,11 +115,13 @@ def featsd_measure(
     test_data:str=None, # store folder of test clips, or the study's .pt file or chunk folder (required)
     output_dir:str=None, # reports, JSON, PNGs and the page go here; default: metrics/ beside the checkpoint
     train_data:str=None, # store of the training split: adds means, regression, template and n-gram table to the baselines
+    val_data:str=None, # store of validation clips: with --train_data adds the cross-modal gain, in bits per token
     gamma:int=5, # tokens per block of the decode metrics
     thresholds:str=".80,.85,.90,.95", # cosine thresholds
     n_boot:int=400, # resamplings behind each interval
 ):
-    "Measure an adapter beside its baselines: the eight-section report, acceptance_metrics.json, position_stats.json, figures"
+    "Measure an adapter beside its baselines: the eight-section report, what a cosine is worth in tokens, acceptance_metrics.json, position_stats.json, calibration.json, figures"
+    from featsd.calibration import calibrate_to_folder
     from featsd.core import FeatsdError
     from featsd.metrics import SDConfig
     from featsd.nulls import measure_to_folder
@@ -129,6 +131,7 @@ def featsd_measure(
     except ValueError: raise FeatsdError(f"--thresholds: expected numbers with commas between, found {thresholds!r}") from None
     m = measure_to_folder(checkpoint, test_data, output_dir, train_data, n_boot=n_boot, sd_config=SDConfig(gamma, taus))
     print(m.report())
+    if c := calibrate_to_folder(m, checkpoint, test_data, val_data, train_data, n_boot): print("\n" + c.report())
     print(m.folder)
 
 # %% ../nbs/commands.ipynb #cell009

@@ -7,8 +7,7 @@ __all__ = ['KINDS', 'COLUMNS', 'TRAIN_ONE', 'ALL', 'Arm', 'Run', 'run_arm', 'run
            'Watch', 'interleave', 'Curves', 'curves_of_runs', 'Row', 'kind_of', 'weights_read', 'parameter_ratio',
            'verification_ms', 'cost_row', 'set_bounds', 'Advantage', 'advantage', 'Comparison', 'compare', 'table',
            'by_question', 'question_table', 'verdict', 'report', 'speedup_figure', 'save', 'training_words',
-           'read_words', 'word_experts', 'measured_costs', 'reading_ms', 'adapters_of', 'build_drafters',
-           'run_comparison']
+           'measured_costs', 'reading_ms', 'adapters_of', 'build_drafters', 'run_comparison']
 
 # %% ../nbs/05b_compare.ipynb #cell002
 import copy
@@ -25,18 +24,18 @@ import numpy as np
 import torch
 
 from .adapters import load_any_adapter
+from .assist import read_words, word_experts
 from .core import FeatsdError, atomic_write, lib_versions, write_json
 from .data import figures
-from .data.answers import Answers, Interval, clip_bootstrap, read_answers, template_ids, write_answers
+from .data.answers import Answers, Interval, clip_bootstrap, read_answers, write_answers
 from .data.clips import open_clips
-from .data.ngram import NGramTable
 from .data.store import open_states
 from .decode import OracleDraft, check_settings, encode_prompt, plain_decode, speculative_decode
 from .drafters import NEEDS, AlignedDraft, Cascade, Costs, FreeRunDraft, fit_fusion, fit_gate, make_drafter, opinions
 from .extract import extract, parse_pair
 from .metrics import TimingConfig
 from .models.lean import early_exit, lean
-from .nulls import answers_of, plain
+from .nulls import plain
 from .timeline import expected_tau, speedup_bound, speedup_seed_decode
 
 # %% ../nbs/05b_compare.ipynb #cell005
@@ -490,6 +489,7 @@ Comparison.speedup_figure, Comparison.save = speedup_figure, save
 
 # %% ../nbs/05b_compare.ipynb #cell026
 def training_words(pair, questions, clips=550, # training clips whose answers the tables are fitted on
+                   start=0, # from this one on
                    dataset_dir="pocket", path=None, # JSONL kept there, and read from there
                    batch=8, progress=False)->Answers:
     "The target's greedy answers on training clips"
@@ -498,7 +498,7 @@ def training_words(pair, questions, clips=550, # training clips whose answers th
         if set(questions) <= set(log.questions) and log.tokenizer_hash == pair.target.tokenizer_hash and len(log.clips) >= clips: return log
     from tqdm.auto import tqdm
     data, rows = open_clips(dataset_dir, "train", clips), []
-    for i in tqdm(range(0, len(data), batch), desc="target's words", unit="batch", disable=not progress, dynamic_ncols=True):
+    for i in tqdm(range(start, len(data), batch), desc="target's words", unit="batch", disable=not progress, dynamic_ncols=True):
         here = [data[j] for j in range(i, min(i + batch, len(data)))]
         said = pair.target.generate([p for c in here for p in pair.target.encode_all(c, questions)])
         rows += [(c.id, q, a.ids.cpu().numpy()) for (c, q), a in zip(((c, q) for c in here for q in questions), said, strict=True)]
@@ -508,20 +508,6 @@ def training_words(pair, questions, clips=550, # training clips whose answers th
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_answers(path, log)
     return log
-
-def read_words(source, target)->Answers:
-    "Training answers from a log (JSONL, the study's JSON) or a store; those of another tokenizer are refused"
-    log = answers_of(open_states(source)) if Path(source).is_dir() else read_answers(source)
-    if log is None: raise FeatsdError(f"{source}: these states hold no token ids; extract them with featsd_extract")
-    if log.tokenizer_hash and log.tokenizer_hash != target.tokenizer_hash:
-        raise FeatsdError(f"{source}: answers of tokenizer {log.tokenizer_hash[:16]}, {target.name} has {target.tokenizer_hash[:16]}; log answers of this target")
-    return log
-
-def word_experts(words:Answers, questions, tokenizer_hash="", order=7)->tuple: # {question: NGramTable}, {question: template ids}
-    "Table and template per question"
-    by = words.by_question()
-    if missing := [q for q in questions if q not in by]: raise FeatsdError(f"words: no training answer to the question {missing[0]!r}; log answers to it, or ask another question")
-    return {q: NGramTable(by[q], order, tokenizer_hash) for q in questions}, {q: template_ids(by[q]) for q in questions}
 
 # %% ../nbs/05b_compare.ipynb #cell027
 TRAIN_ONE = ("no adapter given: train one with `featsd_extract --split train --max_samples 150 --chunked --quant fp32` and "
@@ -636,7 +622,7 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
     asked, held_out = data.questions[:questions], [data[i] for i in range(len(data))]
     tables = templates = states = None
     if needs & {"ngram", "template"}:
-        log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, dataset_dir, cache/f"words_{pair.target.model_hash[:12]}.jsonl", progress=progress)
+        log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, 0, dataset_dir, cache/f"words_{pair.target.model_hash[:12]}.jsonl", progress=progress)
         if both := {c.id for c in held_out} & set(log.clips): raise FeatsdError(f"clip {sorted(both)[0]}: its answers are among the training words and it is to be compared on ({len(both)} such clips); hold clips out")
         tables, templates = word_experts(log, asked, pair.target.tokenizer_hash)
     prompts = []
