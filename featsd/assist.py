@@ -67,7 +67,7 @@ def assisted_generate(lm, # causal language model of transformers
                       pad_token_id=0 if eos_token_id is None else eos_token_id, use_cache=True)
     return out[0, length:].tolist()
 
-# %% ../nbs/05b_assist.ipynb #3874e66c
+# %% ../nbs/05b_assist.ipynb #dd7b47eb
 def read_words(source, target)->Answers:
     "Training answers from a log (JSONL, the study's JSON) or a store; those of another tokenizer are refused"
     log = answers_of(open_states(source)) if Path(source).is_dir() else read_answers(source)

@@ -7,7 +7,7 @@ __all__ = ['EDGES', 'TimingConfig', 'SDConfig', 'seed_speedups', 'Scores', 'cosi
            'as_it_is', 'take', 'score_batches', 'score_states', 'accepts', 'consecutive', 'cycle_prefix', 'curves',
            'accept_modes', 'token_metrics', 'metrics_of', 'compute_per_position_stats', 'aligner',
            'compute_all_metrics_parallel', 'print_metrics_report', 'summary_data', 'plot_metrics', 'sweep',
-           'frontier_data', 'threshold_table', 'acceptance_sliders']
+           'frontier_data', 'threshold_table']
 
 # %% ../nbs/03_metrics.ipynb #cell002
 import math
@@ -459,17 +459,16 @@ def plot_metrics(m:dict, # of `compute_all_metrics_parallel`
 # %% ../nbs/03_metrics.ipynb #cell050
 def sweep(items:dict, # name -> Scores
           thresholds=None, # 0.50, 0.51, … 0.99
-          gammas=range(1, 11), overhead=.06)->dict:
-    "Aggregates by adapter and threshold: accept, consecutive, marginal curve, and n of each mode and γ"
+         )->dict:
+    "Aggregates by adapter and threshold: accepted share and mean tokens before the first rejection"
     thresholds = [round(float(t), 4) for t in (np.arange(.50, .995, .01) if thresholds is None else thresholds)]
-    out = {"thresholds": thresholds, "gammas": list(gammas), "names": {}}
+    out = {"thresholds": thresholds, "names": {}}
     for name, s in items.items():
         rows = []
         for t in thresholds:
             a = accepts(s, t)
-            rows.append({"accept": float(a.sum() / s.valid.sum()), "consecutive": float(consecutive(s, a).mean()), "curve": curves(s, a)["marginal"][:20],
-                         "modes": accept_modes(s, t, gammas, overhead)})
-        out["names"][name] = {"rows": rows, "n": len(s), "n_positions": [int(v) for v in curves(s, accepts(s, 1.))["n"][:20]]}
+            rows.append({"accept": float(a.sum() / s.valid.sum()), "consecutive": float(consecutive(s, a).mean())})
+        out["names"][name] = {"rows": rows, "n": len(s)}
     return out
 
 def frontier_data(sw:dict, nulls=())->dict:
@@ -483,30 +482,3 @@ def threshold_table(sw:dict)->str:
     for name, v in sw["names"].items():
         rows += [f"{name:24} {t:5.2f} {r['accept']:9.1%} {r['consecutive']:12.2f}" for t, r in zip(sw["thresholds"], v["rows"], strict=True) if round(t * 100) in (80, 85, 90, 95)]
     return "\n".join(rows)
-
-# %% ../nbs/03_metrics.ipynb #cell051
-def acceptance_sliders(sw:dict, # of `sweep`
-                       nulls=()):
-    "Sliders for threshold, γ and mode over two plotly figures; returns the widget and its controls by name"
-    import ipywidgets as W
-    import plotly.graph_objects as go
-    thresholds, names = sw["thresholds"], list(sw["names"])
-    c = {"threshold": W.SelectionSlider(options=thresholds, value=min(thresholds, key=lambda t: abs(t - .9)), description="threshold τ"),
-         "gamma": W.SelectionSlider(options=sw["gammas"], value=5 if 5 in sw["gammas"] else sw["gammas"][0], description="γ (tokens)"),
-         "mode": W.Dropdown(options=["consecutive", "relaxed", "weighted"], description="mode")}
-    start = {"curves": [{"name": k, "y": sw["names"][k]["rows"][0]["curve"], "n": sw["names"][k]["n_positions"], "null": k in nulls} for k in names]}
-    left, right = go.FigureWidget(figures.figure("positions", start)), go.FigureWidget(figures.figure("frontier", frontier_data(sw, nulls)))
-    right.add_scatter(x=[None] * len(names), y=[None] * len(names), mode="markers", marker=dict(size=13, symbol="x", color="#000000"), name="here")
-    note = W.HTML()
-    def redraw(_=None):
-        k = thresholds.index(c["threshold"].value)
-        now = [sw["names"][n]["rows"][k] for n in names]
-        with left.batch_update():
-            for trace, r in zip(left.data, now, strict=True): trace.y = r["curve"]
-            left.layout.title.text = f"Acceptance by position, τ = {thresholds[k]:.2f}"
-        with right.batch_update(): right.data[-1].x, right.data[-1].y = [r["accept"] for r in now], [r["consecutive"] for r in now]
-        v = [r["modes"][c["gamma"].value][c["mode"].value] for r in now]
-        note.value = "<br>".join(f"{n}: n = {x['n_mean']:.2f} of γ = {c['gamma'].value}, seed formula {x['speedup_seed']:.2f}x{'' if x['decodable'] else ' — not decodable'}" for n, x in zip(names, v, strict=True))
-    for w in c.values(): w.observe(redraw, "value")
-    redraw()
-    return W.VBox([W.HBox(list(c.values())), note, left, right]), c | {"positions": left, "frontier": right, "note": note}

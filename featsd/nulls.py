@@ -209,6 +209,7 @@ class Measurement:
     scores: dict = field(repr=False, default_factory=dict) # (stream, name) -> Scores
     word_flags: dict = field(repr=False, default_factory=dict) # name -> list of bool [n]
     clips: list = field(repr=False, default_factory=list) # of the test pairs
+    questions: list = field(repr=False, default_factory=list) # of the test pairs
     notes: list = field(default_factory=list) # what was left out, and why
     folder: str = "" # where it was saved
 
@@ -236,7 +237,7 @@ def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's 
         raise FeatsdError(f"measure: clip {sorted(shared)[0]} is in training and test data ({len(shared)} such clips); split by clip")
     if head is None: notes.append("The store holds no target head, so no token is compared through it.")
     if train is None: notes.append("No training data: means, regression, template and n-gram table are left out.")
-    out = Measurement(name, {}, {}, [], notes=notes, clips=[p.clip_id for p in test.pairs])
+    out = Measurement(name, {}, {}, [], notes=notes, clips=[p.clip_id for p in test.pairs], questions=[p.question for p in test.pairs])
     for stream in streams:
         if stream not in manifest["streams"]: out.notes.append(f"The store has no stream {stream}."); continue
         align = Once(aligner(adapter))
@@ -312,7 +313,7 @@ def measurement_figures(m:Measurement, title=None)->dict: # file name -> (figure
            "position_accept": ("positions", position_data(by_cos, nulls, f"{name}: cos > .90 by position")),
            "cos_histogram": ("histogram", histogram_data({f"{m.name}, {s}": x for s, x in own.items()} | state, "cos", nulls)),
            "consecutive_histogram": ("histogram", run_histogram_data({f"{m.name}, {s}": consecutive(x, accepts(x, .90)) for s, x in own.items()} | {k: consecutive(s, accepts(s, .90)) for k, s in state.items() if "mean" in k}, nulls, f"{name}: tokens before the first rejection, cos > .90")),
-           "frontier": ("frontier", frontier_data(sweep({f"{m.name}, {s}": x for s, x in own.items()} | state, gammas=[5]), nulls))}
+           "frontier": ("frontier", frontier_data(sweep({f"{m.name}, {s}": x for s, x in own.items()} | state), nulls))}
     if any(s.centred is not None for s in own.values()): out["centred_histogram"] = ("histogram", histogram_data({f"{m.name}, {s}": x for s, x in own.items()} | {k: s for k, s in state.items() if s.centred is not None}, "centred", nulls))
     if all(s.rank is not None for s in own.values()):
         some = {k: next((j for j in (f"{k} by question", k) if j in m.word_flags), None) for k in ("raw draft tokens", "template", "n-gram table")}

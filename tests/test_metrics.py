@@ -425,15 +425,3 @@ def test_baselines_are_grey_and_hover_says_n():
     line, null = fig.data[1], fig.data[2]
     assert line.line.color == figures.PALETTE[0] and null.line.color in figures.GREYS and null.line.dash != "solid"
     assert "n = 10" in line.hovertext[0] and "0.4 … 0.6" in line.hovertext[0]
-
-
-def test_sliders_look_up(stores):
-    test = open_states(stores[1])
-    s = M._scores(test)
-    sw = M.sweep({"raw": s}, thresholds=[0., .5, .9])
-    _, parts = M.acceptance_sliders(sw)
-    for k, t in enumerate(sw["thresholds"]):
-        parts["threshold"].value = t
-        assert list(parts["positions"].data[0].y) == sw["names"]["raw"]["rows"][k]["curve"]
-    parts["threshold"].value, parts["mode"].value, parts["gamma"].value = 0., "weighted", 3
-    assert f"{sw['names']['raw']['rows'][0]['modes'][3]['weighted']['n_mean']:.2f}" in parts["note"].value and "not decodable" in parts["note"].value

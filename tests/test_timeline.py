@@ -11,7 +11,7 @@ import torch
 
 from featsd import timeline as T
 from featsd.core import FeatsdError, read_json
-from featsd.metrics import SDConfig, TimingConfig
+from featsd.metrics import TimingConfig
 from featsd.timeline import expected_tau, k_free, plan, speedup_bound, speedup_exact, speedup_iid, verify_cost
 
 REFERENCE = Path(os.environ.get("FEATSD_SHARED_DATA", Path(__file__).parents[2]/"shared"/"data"))/"reference_results"
@@ -188,17 +188,3 @@ def test_run_writes_what_a_plan_needs(tmp_path):
 def test_bad_input_in_one_line(call, words):
     with pytest.raises(FeatsdError, match=words) as e: call()
     assert "\n" not in str(e.value)
-
-
-def test_sliders_look_up():
-    t = TimingConfig(10, 2, 60, 20, .2, verify={2: 1.05, 9: 1.4})
-    grid = T.speedup_grid({"a": {.8: [.9, .8, .7], .9: [.8, .6, .4]}, "b": {.8: [.5, .2, .1], .9: [.4, .1, 0.]}}, t, range(1, 9))
-    _, parts = T.speedup_sliders(grid)
-    for tau in (.8, .9):
-        for mode in T.MODES:
-            parts["threshold"].value, parts["mode"].value = tau, mode
-            assert list(parts["figure"].data[1].y) == pytest.approx(grid["names"]["b"][tau][mode])
-    parts["gamma"].value = 3
-    assert "γ = 3" in parts["note"].value and parts["figure"].data[-1].x[0] == 3
-    assert grid["names"]["a"][.9]["exact"][1] == pytest.approx(speedup_exact([.8, .6], 2, 2.2 / 20, verify_cost(t, 3)))
-    assert SDConfig().n_out == 50
