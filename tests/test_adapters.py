@@ -251,7 +251,7 @@ def test_round_trips(level, kw, tmp_path):
     f.save_pretrained(tmp_path/"hub")
     g = type(f).from_pretrained(tmp_path/"hub")
     assert g.config == f.config and torch.equal(g(h), f(h))
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["best_model.pt", "config.json", "hub", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["README.md", "best_model.pt", "config.json", "hub", "model.safetensors"]
 
 def test_same_adapter_same_bytes(tmp_path):
     f = randomised(1)
