@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['featsd_extract', 'featsd_pocket_train', 'featsd_adapters', 'featsd_train', 'featsd_measure', 'featsd_timeline',
            'featsd_verify', 'featsd_size', 'featsd_dataset', 'featsd_decode', 'featsd_compare', 'featsd_replay',
-           'featsd_demo']
+           'featsd_demo', 'featsd_figures']
 
 # %% ../nbs/commands.ipynb #cell002
 from fastcore.script import Param, call_parse, store_true
@@ -338,3 +338,17 @@ def featsd_demo(
     "The whole study on the built-in pair: extract, train L1-L4, measure against every baseline, report. Under 4 minutes on 2 cores"
     from featsd.report import demo
     demo(out, clips, quick, figures, seed)
+
+# %% ../nbs/commands.ipynb #cellfigs
+@call_parse
+@command
+def featsd_figures(
+    folder:str="figures", # with demo.json and pictures.json of featsd_demo --figures
+    study:str=None, # folder of the study's published results: also computes study.json anew
+):
+    "Draw every picture of the README again from the committed result files; same files, same bytes on one machine"
+    from pathlib import Path
+    from featsd.core import write_json
+    from featsd.report import draw_figures, study_pictures
+    if study: write_json(Path(folder)/"study.json", study_pictures(study))
+    for name in draw_figures(folder): print(f"{folder}/{name}.png")
