@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['featsd_extract', 'featsd_pocket_train', 'featsd_adapters', 'featsd_train', 'featsd_measure', 'featsd_timeline',
-           'featsd_verify', 'featsd_size', 'featsd_dataset', 'featsd_decode', 'featsd_compare', 'featsd_replay',
-           'featsd_demo', 'featsd_figures']
+           'featsd_verify', 'featsd_convert', 'featsd_size', 'featsd_dataset', 'featsd_decode', 'featsd_compare',
+           'featsd_replay', 'featsd_demo', 'featsd_figures']
 
 # %% ../nbs/commands.ipynb #cell002
 from fastcore.script import Param, call_parse, store_true
@@ -29,7 +29,7 @@ def featsd_extract(
     chunked:store_true=False, # keep the store as the product; otherwise it is packed into one .pt file at the end
     chunk_size:int=1000, # with --chunked: pairs per chunk
     checkpoint_name:str=None, # name of the packed file; default hidden_states_{split}_{duration}_{quant}_{date}_top{N}q.pt
-    pair:str="pocket", # "pocket", or draft=FOLDER,target=FOLDER
+    pair:str="pocket", # "pocket", or draft=FOLDER,target=FOLDER; options behind a "?": FOLDER?device=cuda:1&max_duration_us=none
     dtype:str="bf16", # of the stored states: bf16, fp16, fp32
     wrong_clip:store_true=False, # also store the draft's states with another clip's events: the wrong-clip null
     strict:store_true=False, # stop at the first clip that cannot be read, instead of skipping and counting it
@@ -168,16 +168,37 @@ def featsd_timeline(
 # %% ../nbs/commands.ipynb #cell010
 @call_parse
 @command
-def featsd_verify(path:str, # store folder, or the founding study's .pt file or folder
-                  repair:store_true=False, # drop damaged chunks and left-overs, so that the extraction makes them again
+def featsd_verify(path:str, # store, the founding study's .pt file or folder, adapter checkpoint, run folder of featsd_train, n-gram table, head file
+                  repair:store_true=False, # of a store: drop damaged chunks and left-overs. Exit status 0 if all that is left is valid; the extraction, run again, makes them anew
+                  pair:str=None, # "pocket", or draft=FOLDER,target=FOLDER: was it made with these models? Exit status 1 if not
+                  quant:str=None, # how that pair is loaded: 4bit, 8bit, fp16, bf16, fp32; default as the file says, else fp32
                  ):
-    "Check every file of a store: sizes, sha256, shapes, finite states, ids, the head; exit status 1 if anything is wrong"
-    from featsd.data.store import verify_store
-    verdicts = verify_store(path, repair)
+    "Check every file: readable, sizes, sha256, shapes, finite numbers, ids, heads; and whether it belongs to a pair. Exit status 1 if anything is wrong"
+    from featsd.verify import compare_pair, is_gap, is_wrong, verify
+    verdicts = verify(path, repair)
     for file, verdict in verdicts: print(f"{file:36s} {verdict}")
-    wrong = sum(v != "ok" for _, v in verdicts)
-    print(f"{len(verdicts)} files, {wrong} wrong" + (": dropped what could be, run the extraction again to make it anew" if wrong and repair else ""))
+    dropped, gaps = (sum(f(v) for _, v in verdicts) for f in (lambda v: v.startswith("dropped"), is_gap))
+    wrong = sum(is_wrong(v) for _, v in verdicts) - gaps * repair
+    print(f"{len(verdicts)} files, {wrong} wrong" + f", {dropped} dropped" * repair + "; what is left is valid, run the extraction again to make the rest" * (repair and not wrong and dropped + gaps > 0))
+    if pair is not None:
+        compared = compare_pair(path, pair, quant)
+        for what, said in compared: print(f"{what:18s} {said}")
+        wrong += sum(said.startswith("differs") for _, said in compared)
     if wrong: raise SystemExit(1)
+
+# %% ../nbs/commands.ipynb #5a99b1be
+@call_parse
+@command
+def featsd_convert(src:str, # the founding study's .pt file or chunk folder, or a store
+                   dest:str, # from the study: a folder for the store; from a store: NAME.pt, or a folder for chunks. New, or begun by the same command
+                   dtype:str=None, # to a store: fp32, fp16, bf16 or fp8; default as in the file. What rounds is lossy, and is said so
+                   chunk_size:int=None, # pairs per file; default 256 MiB of states in a store, 1,000 pairs in a chunk folder
+                   min_tokens:int=0, # to the study's format: leave out shorter pairs (the study left out those under 5)
+                  ):
+    "The founding study's states as a store, or a store as the study's states; says what was kept and what was not. Killed at any instant, the same command continues"
+    from featsd.data.study import convert
+    for line in convert(src, dest, dtype, chunk_size, min_tokens): print(line)
+    print(dest)
 
 # %% ../nbs/commands.ipynb #cell011
 @call_parse

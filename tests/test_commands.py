@@ -1,6 +1,8 @@
 "Commands as a user types them: --help teaches, bad input is one line and exit status 2, nothing is left half-written"
 import contextlib
 import io
+import json
+import shutil
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -118,9 +120,137 @@ def test_train_measure_verify_from_the_command_line(store, tmp_path):
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     copy = tmp_path/"copy"
-    import shutil
     shutil.copytree(store, copy)
     (copy/"chunks"/chunk.name).write_bytes(data)
     code, out, _ = run("featsd_verify", copy)
     assert code == 1 and chunk.name in out
     assert len(open_states(store)) == 12
+
+
+# ---- featsd_verify
+
+def harm(store, tmp, start=0, at=.5):
+    "A copy of the store with one flipped byte in a chunk"
+    copy = shutil.copytree(store, tmp/"copy", dirs_exist_ok=True)
+    chunk = sorted((copy/"chunks").glob("*.safetensors"))[start]
+    data = bytearray(chunk.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    chunk.write_bytes(data)
+    return copy, chunk
+
+
+def test_repair_says_what_it_dropped_and_what_is_left_is_valid(store, tmp_path):
+    args = dict(pair=load_pair("pocket"), split="test", quant="fp32", max_samples=4, max_questions=3, chunk_size=5, progress=False)
+    whole = extract(tmp_path/"a", **args)
+    good = {f.name: f.read_bytes() for f in (whole/"chunks").iterdir()}
+    copy, chunk = harm(whole, tmp_path, 1)
+    (copy/"chunks/chunk_000000.json.7.tmp").touch()
+    assert run("featsd_verify", copy)[0] == 1
+    code, out, _ = run("featsd_verify", copy, "--repair")
+    said = dict(line.split(None, 1) for line in out.splitlines())
+    assert code == 0 and said[f"chunks/{chunk.name}"].startswith("dropped: ") and "sha256" in said[f"chunks/{chunk.name}"]
+    assert said["chunks/chunk_000000.json.7.tmp"].startswith("dropped: ")
+    assert "0 wrong, 2 dropped; what is left is valid, run the extraction again" in out and not chunk.exists()
+    code, out, _ = run("featsd_verify", copy) # a gap between chunks is seen, and is for the extraction to close
+    assert code == 1 and "missing: pairs 5 to 9" in out
+    assert run("featsd_verify", copy, "--repair")[0] == 0
+    shutil.move(copy, tmp_path/"b"/whole.name)
+    again = extract(tmp_path/"b", **args)
+    assert {f.name: f.read_bytes() for f in (again/"chunks").iterdir()} == good and run("featsd_verify", again, "--repair")[1].splitlines()[-1].endswith("0 wrong, 0 dropped")
+    assert "again" in run("featsd_verify", "--help")[1]
+
+
+def test_repair_cannot_mend_a_head_or_a_manifest(store, tmp_path):
+    copy, _ = harm(store, tmp_path)
+    head = copy/"head.safetensors"
+    head.write_bytes(head.read_bytes()[:-8] + b"\0" * 8)
+    code, out, _ = run("featsd_verify", copy, "--repair")
+    assert code == 1 and "1 wrong, 1 dropped" in out and "run the extraction again" not in out
+    (copy/"manifest.json").write_text("{")
+    assert run("featsd_verify", copy, "--repair")[0] == 1
+
+
+def test_verify_against_a_pair(store, tmp_path):
+    from featsd.models.pocket import load
+    own = load()
+    code, out, err = run("featsd_verify", store, "--pair", "pocket")
+    lines = dict((line[:18].strip(), line[19:]) for line in out.splitlines()[-12:])
+    assert code == 0 and len(lines) == 12 and all(v.startswith("equal") for v in lines.values()), (out, err)
+    code, out, _ = run("featsd_verify", store, "--pair", "pocket", "--quant", "bf16")
+    assert code == 1 and "target quant       differs: fp32 in the file, bf16 in the pair" in out and "draft dtype        differs: float32 in the file, bfloat16 in the pair" in out
+    assert "target head        differs: " in out and "target tokenizer   equal" in out and "target width       equal" in out
+    m = json.loads((store/"manifest.json").read_text())
+    copy = shutil.copytree(store, tmp_path/"copy")
+    m["draft"]["hash"], m["target"]["tokenizer_hash"] = "0" * 64, None
+    (copy/"manifest.json").write_text(json.dumps(m))
+    code, out, _ = run("featsd_verify", copy, "--pair", "pocket")
+    assert code == 1 and f"draft model        differs: {'0' * 64} in the file, {own.draft.model_hash} in the pair" in out and "target tokenizer   not recorded" in out
+    for name, adapter, code, said in (("a.pt", create_adapter(1, hidden_dim=128, head_hash=own.target.head.hash), 0, "target head        equal"),
+                                      ("b.pt", create_adapter(1, hidden_dim=128), 0, "target head        not recorded"),
+                                      ("c.pt", create_adapter(1, hidden_dim=128, head_hash="f" * 64), 1, f"target head        differs: {'f' * 64}"),
+                                      ("d.pt", create_adapter(2, hidden_dim=64), 1, "draft width        differs: 64 in the file, 128 in the pair")):
+        adapter.save_checkpoint(tmp_path/name)
+        found, out, _ = run("featsd_verify", tmp_path/name, "--pair", "pocket")
+        assert found == code and said in out, out
+    for dest in ("one.pt", "folder"): # what became the study's file still knows its models
+        assert run("featsd_convert", store, tmp_path/dest)[0] == 0
+        code, out, _ = run("featsd_verify", tmp_path/dest, "--pair", "pocket")
+        assert code == 0 and out.count("equal: ") == 12
+    d = torch.load(tmp_path/"one.pt", weights_only=True)
+    d["config"]["store"] = dict(target=torch.ones(2), draft=dict(hash=torch.ones(2), quant="4bit"))
+    torch.save(d, tmp_path/"two.pt")
+    code, out, _ = run("featsd_verify", tmp_path/"two.pt", "--pair", "pocket")
+    assert code == 1 and out.count("not recorded") == 9 and "draft quant        differs: 4bit in the file, fp32 in the pair" in out
+    pair = f"draft={ROOT}/featsd/models/pocket_weights/target,target={ROOT}/featsd/models/pocket_weights/target"
+    code, out, _ = run("featsd_verify", store, "--pair", pair) # a pair of two other models
+    assert code == 1 and "draft model        differs" in out and "target model       equal" in out
+    code, _, err = run("featsd_verify", store, "--pair", "bucket")
+    assert code == 2 and "bucket" in err and len(err.strip().splitlines()) == 1
+
+
+def test_verify_a_run_folder(store, tmp_path):
+    code, out, err = run("featsd_train", "--train_data", store, "--num_epochs", 2, "--output_dir", tmp_path/"ck", "--no-progress", "--val_split", .25)
+    folder = Path(out.strip().splitlines()[-1])
+    code, out, _ = run("featsd_verify", folder, "--pair", "pocket")
+    said = dict(line.split(None, 1) for line in out.splitlines()[:5])
+    assert code == 0 and set(said) == {"config.json", "best_model.pt", "final_model.pt", "history.json", "training_curves.png"} and "target head        equal" in out
+    assert said["best_model.pt"].startswith("ok: L1, 128 → 128") and ", head " in said["best_model.pt"] and said["history.json"] == "ok: 2 epochs"
+    for name, break_it, says in (("history.json", lambda f: f.write_text('{"val_loss": [1, NaN]}'), "finite numbers in val_loss"),
+                                 ("training_curves.png", lambda f: f.write_bytes(f.read_bytes()[:99]), "not a readable PNG"),
+                                 ("final_model.pt", lambda f: f.write_bytes(f.read_bytes()[:999]), "adapter checkpoint"),
+                                 ("best_model.pt", lambda f: create_adapter(1, hidden_dim=128, bottleneck_dim=7).save_checkpoint(f), "config.json says"),
+                                 ("config.json", lambda f: f.write_text("[]"), "expected an object"), ("best_model.pt", Path.unlink, "missing")):
+        copy = shutil.copytree(folder, tmp_path/"copy")
+        break_it(copy/name)
+        code, out, _ = run("featsd_verify", copy)
+        assert code == 1 and "5 files, 1 wrong" in out and says in next(line for line in out.splitlines() if line.startswith(name)), out
+        shutil.rmtree(copy)
+
+
+def test_verify_tables_and_heads(tmp_path):
+    import numpy as np
+    from safetensors.torch import save_file
+
+    from featsd.data.ngram import NGramTable
+    from featsd.models.pocket import load
+    own = load()
+    NGramTable([np.arange(5)], 2, own.target.tokenizer_hash).save(tmp_path/"t.safetensors")
+    NGramTable([np.arange(5)], 2, "0" * 64).save(tmp_path/"other.safetensors")
+    own.target.head.save(tmp_path/"head.safetensors")
+    w = own.target.head.lm_head.weight.clone()
+    torch.save(dict(lm_head_weight=w, vocab_size=len(w), hidden_dim=128, model_id="m"), tmp_path/"vl_lm_head.pt")
+    for name, code, says in (("t.safetensors", 0, "order 2"), ("other.safetensors", 1, "target tokenizer   differs"), ("head.safetensors", 0, "target ids         equal"), ("vl_lm_head.pt", 0, "without the final norm")):
+        found, out, err = run("featsd_verify", tmp_path/name, "--pair", "pocket")
+        assert found == code and says in out, out + err
+    data = (tmp_path/"t.safetensors").read_bytes()
+    (tmp_path/"t.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    w[3, 4] = float("inf")
+    torch.save(dict(lm_head_weight=w, vocab_size=9), tmp_path/"bad.pt")
+    torch.save(dict(lm_head_weight=w), tmp_path/"inf.pt")
+    save_file({"a": torch.ones(1)}, tmp_path/"none.safetensors")
+    (tmp_path/"torn.safetensors").write_bytes(data[:50])
+    torch.save(Evil(), tmp_path/"evil.pt")
+    for name, code, says in (("t.safetensors", 1, "digest"), ("bad.pt", 1, "vocab_size 9"), ("inf.pt", 1, "infinity"), ("none.safetensors", 1, "something else"), ("torn.safetensors", 2, "damage"), ("evil.pt", 1, "nothing of it was run")):
+        found, out, err = run("featsd_verify", tmp_path/name)
+        assert found == code and says in out + err, out + err
+    assert run("featsd_verify", tmp_path/"head.safetensors", "--repair")[0] == 2 and not Path("ran").exists()

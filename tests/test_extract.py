@@ -1,4 +1,5 @@
 "Extraction as a user runs it: commands, signals, resume, bad input"
+import json
 import os
 import signal
 import subprocess
@@ -101,3 +102,46 @@ def test_other_settings_in_the_same_folder_are_refused(whole):
     code, _, err = run("--output_dir", whole.parent, "--max_samples", 8, *FLAGS, "--max_new_tokens", 7)
     assert code == 2 and "max_new_tokens" in err
     assert np.all([len(v) > 0 for v in chunks(whole).values()])
+
+
+# ---- devices
+
+WEIGHTS = Path(__file__).parents[1]/"featsd"/"models"/"pocket_weights"
+
+
+def test_devices_are_recorded_and_decide_nothing(whole, tmp_path):
+    assert open_states(whole).manifest["devices"] == {"target": "cpu", "draft": "cpu"}
+    pair = f"draft={WEIGHTS}/draft?device=cpu,target={WEIGHTS}/target?device=cpu"
+    args = ["--output_dir", tmp_path, "--max_samples", 2, *FLAGS, "--pair", pair]
+    assert run(*args)[0] == 0
+    store = tmp_path/"chunked_test_1s_fp32"
+    m, before = json.loads((store/"manifest.json").read_text()), chunks(store)
+    (store/"manifest.json").write_text(json.dumps(m | {"devices": {"target": "cuda:0", "draft": "cuda:1"}})) # begun on another machine
+    (store/"chunks/chunk_000000.json").unlink()
+    code, _, err = run(*args)
+    assert code == 0 and chunks(store) == before, err
+    assert open_states(store).manifest["devices"]["draft"] == "cuda:1" # the record of the run that began it
+
+
+def test_options_reach_each_model_of_a_pair(tmp_path):
+    "Tiny checkpoints of the two real models, each with its own options, through the command"
+    from test_commands import run as typed # in this process: a start costs seconds
+    from tiny_checkpoints import write_eventgpt, write_videollava
+    write_eventgpt(tmp_path/"draft")
+    write_videollava(tmp_path/"target")
+    args = ["--output_dir", tmp_path/"out", "--max_samples", 1, "--quant", "fp32", "--split", "test", "--chunked", "--max_questions", 1, "--max_new_tokens", 3]
+    code, _, err = typed("featsd_extract", *args, "--pair", f"draft={tmp_path}/draft?device=cpu&frames=1&max_duration_us=none,target={tmp_path}/target?device=cpu&frame_rule=arange")
+    assert code == 0, err
+    m = open_states(tmp_path/"out/chunked_test_1s_fp32").manifest
+    assert m["devices"] == {"target": "cpu", "draft": "cpu"} and m["draft"]["name"] == "draft (frames=1)" and m["target"]["name"] == "target (frame_rule=arange)"
+    for option, said in (("device=cuda:7", "GPUs here"), ("device=tpu", "expected auto, cpu, cuda"), ("devise=cpu", "option 'devise'")):
+        for draft, target in ((option, "device=cpu"), ("device=cpu", option)):
+            code, _, err = typed("featsd_extract", *args, "--pair", f"draft={tmp_path}/draft?{draft},target={tmp_path}/target?{target}")
+            assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_draft_on_the_cpu_and_a_target_on_the_gpu(tmp_path):
+    from featsd.extract import extract
+    path = extract(tmp_path, pair=f"draft={WEIGHTS}/draft?device=cpu,target={WEIGHTS}/target?device=cuda:0", split="test", quant="fp32", max_samples=2, progress=False)
+    assert open_states(path).manifest["devices"] == {"target": "cuda:0", "draft": "cpu"}

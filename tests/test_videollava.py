@@ -14,11 +14,12 @@ from tiny_checkpoints import (QUESTION, SMALL, VISION, golden_tokenizer, random_
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from featsd.core import FeatsdError
+from featsd.data.clips import frame_indices, read_folder, read_video
 from featsd.extract import extract, pair_states
 from featsd.models.backbone import Pair, load_backbone, memory_report
 from featsd.models.checkpoint import tensor_shapes
 from featsd.models.eventgpt import EventGPT
-from featsd.models.pixels import clip_pixels, frame_indices, read_frames
+from featsd.models.pixels import clip_pixels
 from featsd.models.videollava import VideoLLaVA, video_prompt
 
 
@@ -65,11 +66,9 @@ def test_no_torchvision():
 
 @pytest.mark.parametrize("total", [1, 3, 7, 8, 9, 20, 24, 1001])
 def test_frame_rules(total):
-    a, b = frame_indices(total), frame_indices(total, rule="arange")
-    if total <= 8: assert a.tolist() == b.tolist() == list(range(total))
-    else:
-        assert a.tolist() == np.linspace(0, total - 1, 8, dtype=int).tolist()
-        assert b.tolist() == [int(i * total / 8) for i in range(8)]
+    "`linspace` as the study's extraction: all where there are fewer; `arange` as the model's documentation, which then repeats"
+    assert frame_indices(total) == (list(range(total)) if total < 8 else np.linspace(0, total - 1, 8, dtype=int).tolist())
+    assert frame_indices(total, rule="arange") == np.arange(0, total, total / 8).astype(int).tolist()
 
 
 def test_few_frames_and_both_rules(folder, model):
@@ -78,7 +77,10 @@ def test_few_frames_and_both_rules(folder, model):
     many = random_clip(2, frames=20)
     assert model.see(many).shape == (1, 8 * 5, 64)
     other = load_backbone(f"{folder}?frame_rule=arange")
-    assert not torch.equal(model.see(many), other.see(many)) and torch.equal(model.see(few), other.see(few))
+    assert not torch.equal(model.see(many), other.see(many))
+    assert other.see(few).shape == (1, 8 * 5, 64) # three frames, repeated
+    few.frames = few.frames[[0, 0, 0, 1, 1, 1, 2, 2]]
+    assert torch.equal(other.see(few), model.see(few))
     many.frames = many.frames[[int(i * 20 / 8) for i in range(8)]]
     assert torch.equal(other.see(many), model.see(many))
 
@@ -88,22 +90,17 @@ def test_frames_of_a_folder_and_of_a_video(tmp_path):
     frames = np.stack([np.full((32, 48, 3), 20 * i + 10, np.uint8) for i in range(12)])
     (tmp_path/"frames").mkdir()
     for i, f in enumerate(frames): Image.fromarray(f).save(tmp_path/"frames"/f"{i:06d}.png")
-    assert (read_frames(tmp_path/"frames") == frames).all() and (read_frames(tmp_path/"frames", 8) == frames[frame_indices(12)]).all()
+    got, total = read_folder(tmp_path/"frames")
+    assert total == 12 and (got == frames[frame_indices(12)]).all()
     for name in ("clip.mp4", "clip.avi"):
         with av.open(str(tmp_path/name), "w") as out:
             stream = out.add_stream("mpeg4", rate=10)
             stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
             for f in frames: out.mux(stream.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
             out.mux(stream.encode())
-        got = read_frames(tmp_path/name)
-        assert got.shape == frames.shape and np.abs(got.astype(int) - frames).max() < 12
-        assert (read_frames(tmp_path/name, 8, "arange") == got[frame_indices(12, 8, "arange")]).all()
-    (tmp_path/"broken.mp4").write_bytes((tmp_path/"clip.mp4").read_bytes()[:100])
-    (tmp_path/"empty").mkdir()
-    for bad in ("broken.mp4", "empty"):
-        with pytest.raises(FeatsdError, match=bad) as e: read_frames(tmp_path/bad)
-        assert "\n" not in str(e.value)
-    with pytest.raises(FeatsdError, match="ask for fewer"): read_frames(tmp_path/"clip.mp4", max_bytes=10_000)
+        got, total = read_video(tmp_path/name, 12)
+        assert total == 12 and got.shape == frames.shape and np.abs(got.astype(int) - frames).max() < 12
+        assert (read_video(tmp_path/name, 8, "arange")[0] == got[frame_indices(12, 8, "arange")]).all()
 
 
 # ---- prompts ----
@@ -260,3 +257,25 @@ def test_answers_from_the_shell(folder, model, tmp_path):
     assert got.returncode == 0 and got.stdout.strip() == model.decode_text(model.generate([model.encode(clip, "Why?")], 5)[0].ids), got
     got = run(folder, "--video", tmp_path/"none.mp4")
     assert got.returncode == 2 and got.stderr.count("\n") == 1 and "no such video file" in got.stderr, got
+
+
+@pytest.mark.parametrize("how", ["playlist", "hls", "text", "empty", "cut"])
+def test_a_video_leads_to_no_other_file(folder, tmp_path, monkeypatch, how):
+    "FFmpeg would open what a playlist names; the answering command, as the data sets, opens one container and nothing else"
+    av = pytest.importorskip("av")
+    from featsd.models.videollava import ask
+    with av.open(str(tmp_path/"good.mp4"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for i in range(12): out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 * i, np.uint8), format="rgb24")))
+        out.mux(stream.encode())
+    ask(str(folder), str(tmp_path/"good.mp4"), "Why?", max_new_tokens=2)
+    good = (tmp_path/"good.mp4").read_bytes()
+    content = {"playlist": b"ffconcat version 1.0\nfile good.mp4\n", "hls": b"#EXTM3U\n#EXTINF:2,\ngood.mp4\n#EXT-X-ENDLIST\n", "text": b"hello " * 99, "empty": b"", "cut": good[:100]}
+    (tmp_path/"bad.mp4").write_bytes(content[how])
+    opened = []
+    real = av.open
+    monkeypatch.setattr(av, "open", lambda file, *a, **kw: opened.append((file, kw)) or real(file, *a, **kw))
+    with pytest.raises(FeatsdError) as e: ask(str(folder), str(tmp_path/"bad.mp4"), "Why?", max_new_tokens=2)
+    assert str(tmp_path/"bad.mp4") in str(e.value) and "\n" not in str(e.value)
+    assert opened and all(hasattr(f, "read") and kw["format"] == "mov" for f, kw in opened) # bytes, and no guessing

@@ -37,7 +37,7 @@ class PairStates:
     clip_id: str
     question_idx: int
     question: str
-    target_ids: np.ndarray      # int [n_target], EOS included if it was emitted
+    target_ids: np.ndarray      # int [n_target], EOS included if it was emitted; None where no ids are known, nor margins
     draft_ids: np.ndarray       # int [n_draft]
     target_text: str
     draft_text: str
@@ -45,6 +45,11 @@ class PairStates:
     draft_margins: np.ndarray   # float [n_draft]
     streams: dict               # stream -> [n, D] states after the final norm
     sequence: str = ""          # recording the clip was cut from, if known: neighbours overlap
+
+    def rows(self, side): # "target" or "draft"
+        "Tokens of that side's answer: one row of states each"
+        ids, h = getattr(self, f"{side}_ids"), self.streams.get("target" if side == "target" else "draft_free", ())
+        return len(h if ids is None else ids)
 
 # %% ../../nbs/data/12_chunk.ipynb #cell007
 def encode_rows(h:torch.Tensor, # [n, D] states
@@ -103,7 +108,7 @@ def write_tensors(f,           # binary file object
 
 # %% ../../nbs/data/12_chunk.ipynb #cell017
 SCHEMA = 1
-VOLATILE = ("argv", "versions", "created", "provenance", "total", "max_samples") # recorded, never compared
+VOLATILE = ("argv", "versions", "created", "provenance", "total", "max_samples", "devices") # recorded, never compared
 
 def _flatten(d, prefix=""):
     "`{'a': {'b': 1}}` -> `{'a.b': 1}`, so that a difference is named exactly"
@@ -131,6 +136,7 @@ def read_manifest(path)->dict:
             raise StoreError(f"{file}: expected a positive integer {k}, found {m.get(k)!r}; make the store again")
     if not isinstance(m.get("dtype"), str) or m["dtype"] not in DTYPES:
         raise StoreError(f"{file}: expected dtype one of {', '.join(DTYPES)}, found {m.get('dtype')!r}; choose one of them")
+    if type(m.get("ids", True)) is not bool: raise StoreError(f"{file}: expected ids true or false, found {m['ids']!r}; make the store again")
     s = m.get("streams")
     if not isinstance(s, list) or "target" not in s or not all(isinstance(k, str) and k in ROWS for k in s) or len(set(s)) != len(s):
         raise StoreError(f"{file}: expected streams from {', '.join(ROWS)} with target among them, found {s!r}; correct the list")
@@ -210,9 +216,10 @@ def pack_chunk(pairs:list, manifest:dict, head=None, draft_head=None, where="chu
     if twice: raise StoreError(f"{where}: clip {twice[0]}, question {twice[1]} comes twice; give each pair once")
     tensors, checks = {}, {}
     for side, (i, m) in {"target": (0, 2), "draft": (1, 3)}.items():
+        tensors[f"{side}_offsets"] = torch.from_numpy(np.cumsum([0] + [p.rows(side) for p in pairs]).astype(np.int64))
+        if not manifest.get("ids", True): continue
         tensors[f"{side}_ids"] = torch.from_numpy(np.concatenate([x[i] for x in pad] or [np.zeros(0)]).astype(np.int32))
         tensors[f"{side}_margins"] = torch.from_numpy(np.concatenate([x[m] for x in pad] or [np.zeros(0)]).astype(np.float32))
-        tensors[f"{side}_offsets"] = torch.from_numpy(np.cumsum([0] + [len(x[i]) for x in pad]).astype(np.int64))
     for s in manifest["streams"]:
         dim = manifest["target_dim" if s == "target" else "draft_dim"]
         h = torch.cat([p.streams[s].detach().cpu() for p in pairs]) if pairs else torch.zeros(0, dim)
@@ -222,7 +229,7 @@ def pack_chunk(pairs:list, manifest:dict, head=None, draft_head=None, where="chu
             bad = not_finite(lambda a, b: x[a:b], len(x))  # noqa: B023
             if bad: raise StoreError(f"{where}: expected finite states, found {bad} of {len(x)} rows of {s} not finite {what}; "
                                      "nothing was written, run the model in bf16 or fp32 or skip the clip")
-        checker = {"target": head, "draft_free": draft_head}.get(s)
+        checker = {"target": head, "draft_free": draft_head}.get(s) if manifest.get("ids", True) else None
         if checker is not None: checks[s] = _checked_rows(h, stored, tensors[f"{ROWS[s]}_ids"], checker, manifest, s, where)
         tensors |= {s + suffix: t.contiguous() for suffix, t in stored.items()}
     return tensors, checks
@@ -245,9 +252,12 @@ def _checked_pair(p, manifest, where):
     for k, t in (("clip_id", str), ("question", str), ("target_text", str), ("draft_text", str), ("sequence", str)):
         if not isinstance(getattr(p, k), t): raise StoreError(f"{who}: expected text in {k}, found {type(getattr(p, k)).__name__}; correct the pair")
     if not _int(p.question_idx): raise StoreError(f"{who}: expected a question number >= 0; correct the pair")
+    known = manifest.get("ids", True)
+    if not known and any(getattr(p, f"{side}_{k}") is not None for side in ("target", "draft") for k in ("ids", "margins")):
+        raise StoreError(f"{who}: expected no ids and no margins in this store, found some; give None, or make a store with ids")
     ids = {side: np.asarray(getattr(p, f"{side}_ids")) for side in ("target", "draft")}
     margins = {side: np.asarray(getattr(p, f"{side}_margins"), np.float32) for side in ("target", "draft")}
-    for side, x in ids.items():
+    for side, x in ids.items() if known else ():
         vocab = vocab_of(manifest, side)
         if x.ndim != 1 or (len(x) and (x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= vocab)):
             raise StoreError(f"{who}: expected {side}_ids as integers in 0..{vocab - 1}, found {x.dtype} {x.shape} up to {x.max() if x.size else '-'}; "
@@ -257,7 +267,7 @@ def _checked_pair(p, manifest, where):
     if set(p.streams) != set(manifest["streams"]):
         raise StoreError(f"{who}: expected the streams {', '.join(manifest['streams'])}, found {', '.join(p.streams)}; extract the same for each pair")
     for s, h in p.streams.items():
-        expected = (len(ids[ROWS[s]]), manifest["target_dim" if s == "target" else "draft_dim"])
+        expected = (p.rows(ROWS[s]), manifest["target_dim" if s == "target" else "draft_dim"])
         if tuple(h.shape) != expected:
             raise StoreError(f"{who}: expected {s} of shape {expected} (one row a token), found {tuple(h.shape)}; a row i predicts token i")
     return ids["target"], ids["draft"], margins["target"], margins["draft"]
@@ -275,8 +285,8 @@ class disk_errors:
 def save_chunk(path, start:int, stop:int, pairs:list, skipped, tensors:dict, checks:dict)->dict:
     "Write a packed chunk and its sidecar; whatever happens on the way, no half of it counts"
     file, side = chunk_file(path, start), chunk_file(path, start, "json")
-    rows = [{"clip_id": p.clip_id, "question_idx": int(p.question_idx), "question": p.question, "n_target": len(p.target_ids),
-             "n_draft": len(p.draft_ids), "target_text": p.target_text, "draft_text": p.draft_text, "sequence": p.sequence} for p in pairs]
+    rows = [{"clip_id": p.clip_id, "question_idx": int(p.question_idx), "question": p.question, "n_target": p.rows("target"),
+             "n_draft": p.rows("draft"), "target_text": p.target_text, "draft_text": p.draft_text, "sequence": p.sequence} for p in pairs]
     with disk_errors(file):
         side.unlink(missing_ok=True) # the old two files must not count while the new ones are half there
         sync_folder(file.parent)
@@ -308,7 +318,7 @@ class ChunkFile:
         want = {s: ([rows[ROWS[s]], m["target_dim" if s == "target" else "draft_dim"]], _NAMES[DTYPES[m["dtype"]]]) for s in m["streams"]}
         want |= {s + "_scale": ([rows[ROWS[s]]], "F32") for s in m["streams"] if m["dtype"] == "fp8"}
         for side, n in rows.items():
-            want |= {f"{side}_ids": ([n], "I32"), f"{side}_margins": ([n], "F32"), f"{side}_offsets": ([len(at)], "I64")}
+            want |= {f"{side}_offsets": ([len(at)], "I64")} | ({f"{side}_ids": ([n], "I32"), f"{side}_margins": ([n], "F32")} if m.get("ids", True) else {})
         for k, (shape, kind) in want.items():
             s = self.f.get_slice(k)
             found = s.get_dtype(), list(s.get_shape())
@@ -319,7 +329,8 @@ class ChunkFile:
     def rows(self, stream, a, b): # [b-a, D] in the stored dtype, a view of the file; float32 for fp8
         return decode_rows(self.f.get_slice(stream)[a:b], self.f.get_slice(stream + "_scale")[a:b] if self.manifest["dtype"] == "fp8" else None)
 
-    def flat(self, name)->np.ndarray: # "target_ids", "draft_margins", …: a whole chunk's, ids as int64
+    def flat(self, name)->np.ndarray: # "target_ids", "draft_margins", …: a whole chunk's, ids as int64; None in a store without ids
+        if not self.manifest.get("ids", True): return None
         with read_errors(self.file): x = self.f.get_tensor(name).numpy().copy()
         if not name.endswith("ids"): return x
         lo, hi, v = x.min(initial=0), x.max(initial=0), vocab_of(self.manifest, name.split("_")[0])

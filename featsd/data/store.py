@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PairInfo', 'Batch', 'StoreLock', 'rebuild_index', 'StoreWriter', 'StoreSource', 'read_head', 'States', 'open_states',
-           'check_head', 'verify_store', 'expected_bytes', 'PairStates', 'StoreError', 'ROWS', 'DTYPES', 'VOLATILE']
+           'check_head', 'verify_store', 'check_hash', 'expected_bytes', 'PairStates', 'StoreError', 'ROWS', 'DTYPES',
+           'VOLATILE']
 
 # %% ../../nbs/data/12_store.ipynb #cell002
 import fcntl
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import sync_folder, write_json
+from ..core import sha256_file, sync_folder, write_json
 from .chunk import DTYPE_BYTES, DTYPES, ROWS, SCHEMA, VOLATILE, ChunkFile, PairStates, StoreError, chunk_file, chunk_starts
 from .chunk import disk_errors, inside, not_finite, pack_chunk, read_errors, read_manifest, read_sidecar, row_starts
 from .chunk import same_settings, save_chunk
@@ -201,9 +202,9 @@ class StoreSource:
         return self._flat[k, name]
     def head(self): return read_head(self.path, self.manifest)
 
-def read_head(path, manifest):
+def read_head(path, manifest, name="head.safetensors"):
     "The target's Head kept in the store, its hash compared with the manifest's; None if it was made without one"
-    file = Path(path)/"head.safetensors"
+    file = Path(path)/name
     if not file.exists(): return None
     if not inside(path, file): raise StoreError(f"{file}: expected a file of the store, found a link that leaves it; copy the head into the store")
     from featsd.models.backbone import Head
@@ -339,7 +340,7 @@ def check_head(states, head)->bool: # False when the data does not say which hea
     return made is not None
 
 # %% ../../nbs/data/12_store.ipynb #cell026
-def verify_store(path, repair=False)->list: # (file, verdict) with verdict "ok" or what is wrong
+def verify_store(path, repair=False)->list: # (file, verdict) with verdict "ok", "dropped: …" or what is wrong
     "Check every file of a store (sizes, sha256, shapes, finite states, ids, the head); `repair` drops what is wrong"
     path = Path(path)
     if not path.exists(): raise StoreError(f"{path}: expected a store, found nothing; check the path")
@@ -349,25 +350,31 @@ def verify_store(path, repair=False)->list: # (file, verdict) with verdict "ok" 
         try: manifest = read_manifest(path)
         except StoreError as e: return [("manifest.json", str(e))]
         out.append(("manifest.json", "ok"))
+        if (study := manifest.get("study")) is not None: out.append(("study.json", _verdict(lambda: check_hash(path/"study.json", study))))
         if (path/"head.safetensors").exists(): out.append(("head.safetensors", _verdict(lambda: read_head(path, manifest))))
-        elif manifest.get("head_hash"): out.append(("head.safetensors", "missing: extract into a fresh folder"))
+        elif manifest.get("head_hash") and study is None: out.append(("head.safetensors", "missing: extract into a fresh folder"))
         end = 0
         for start in chunk_starts(path):
             name = chunk_file("", start).as_posix()
             if start > end: out.append((chunk_file("", end).as_posix(), f"missing: pairs {end} to {start - 1}, resume the extraction"))
             verdict, end, found = _verdict(lambda: _verify_chunk(path, start, manifest)), start + manifest["chunk_size"], found | {name}  # noqa: B023
-            out.append((name, verdict))
             if repair and verdict != "ok":
                 for ext in ("json", "safetensors"): chunk_file(path, start, ext).unlink(missing_ok=True)
+                verdict = f"dropped: {verdict.split('; drop it with')[0]}"
+            out.append((name, verdict))
         extra = [p for p in (*path.glob("*"), *(path/"chunks").glob("*")) if p.name.endswith(".tmp") or
                  (p.parent.name == "chunks" and p.suffix == ".safetensors" and p.relative_to(path).as_posix() not in found)]
         for p in sorted(extra):
-            out.append((p.relative_to(path).as_posix(), "left over by a crash: not counted"))
+            out.append((p.relative_to(path).as_posix(), "dropped: " * repair + "left over by a crash: not counted"))
             if repair: p.unlink()
         if repair: sync_folder(path/"chunks"); rebuild_index(path)
         return out
     finally:
         if lock: lock.close()
+
+def check_hash(file, sha256):
+    "The file must be the one whose hash was recorded"
+    if not file.is_file() or sha256_file(file) != sha256: raise StoreError(f"{file}: expected sha256 {str(sha256)[:12]}…, found {'another' if file.is_file() else 'no file'}; convert again")
 
 def _verdict(check):
     try: check()
@@ -386,7 +393,12 @@ def _verify_chunk(path, start, manifest):
 def _verify_study(path):
     try: states = open_states(path)
     except StoreError as e: return [(path.name, str(e))]
-    return [(f.name, "ok") for f in states.source.files]
+    def finite(k, file):
+        rows = states.source.open(k)
+        for s, x in rows.tensors.items():
+            bad = not_finite(lambda a, b: rows(s, a, b), len(x))  # noqa: B023
+            if bad: raise StoreError(f"{file}: expected finite states, found {bad} rows of {s} that are not; extract it again")
+    return [(f.name, _verdict(lambda: finite(k, f))) for k, f in enumerate(states.source.files)]  # noqa: B023
 
 # %% ../../nbs/data/12_store.ipynb #cell030
 def expected_bytes(pairs:int,        # pairs planned

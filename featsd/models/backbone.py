@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTS', 'LOADERS', 'Head', 'RMSNorm', 'save_head', 'load_head', 'restrict_head', 'Prefix', 'State', 'Answer',
            'Backbone', 'prefill', 'step', 'rollback', 'select', 'generate', 'read', 'forced', 'quant_kwargs',
-           'folder_hash', 'memory_report', 'load_backbone', 'Pair', 'shared_vocabulary', 'load_pair']
+           'folder_hash', 'memory_report', 'load_backbone', 'print_answer', 'Pair', 'shared_vocabulary', 'load_pair']
 
 # %% ../../nbs/models/20_backbone.ipynb #cell002
 import hashlib
@@ -369,6 +369,15 @@ def load_backbone(path, # folder or hub name, with options behind a "?": PATH?fr
         raise FeatsdError(f"{path}: option {min(wrong)!r}, a model of kind {kind!r} takes {', '.join(known) or 'none'}")
     if "name" in inspect.signature(cls.from_pretrained).parameters: options["name"] = str(path).rstrip("/").split("/")[-1]
     return cls.from_pretrained(folder, quant=quant, **options)
+
+def print_answer(cls, path, # checkpoint of that class; options behind a "?"
+                 look, # from the model to the Clip that is asked about
+                 question, quant="fp32", device=None, max_new_tokens=64):
+    "Print a model's greedy answer: what its module does from the shell"
+    if max_new_tokens < 1: raise FeatsdError(f"max_new_tokens {max_new_tokens}: expected at least 1")
+    model = load_backbone(path, quant, **({} if device is None else {"device": device}))
+    if model.kind != cls.kind: raise FeatsdError(f"{path}: a checkpoint of kind {model.kind}, expected {cls.kind}")
+    print(model.decode_text(model.generate([model.encode(look(model), question)], max_new_tokens)[0].ids))
 
 class Pair:
     "A draft and a target that speak one vocabulary"

@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from ..core import FeatsdError, command, read_json
 from ..data.clips import Clip
 from ..data.events import check_duration, read_events, render_events
-from .backbone import Backbone, folder_hash, quant_kwargs
+from .backbone import Backbone, folder_hash, print_answer, quant_kwargs
 from .checkpoint import local_folder, placement, quiet_transformers, read_tensors, read_tokenizer, tensor_shapes, variant
 from .pixels import clip_pixels
 
@@ -211,18 +211,13 @@ def ask(path:str, # checkpoint folder or hub name, options behind a "?": PATH?fr
         events:str=None, # event stream: .npy, .npz, .h5, .txt
         question:str="What are the key elements in this scene?", # asked about the stream
         quant:str="fp32", # fp32, fp16, bf16, 8bit, 4bit
-        device:str="auto", # auto, cpu, cuda, cuda:N
+        device:str=None, # auto, cpu, cuda, cuda:N; default as behind the "?", else auto
         max_new_tokens:int=64): # length of the answer
     "Answer a question about an event stream, greedily"
-    from featsd.models.backbone import load_backbone
     if events is None: raise FeatsdError("no stream; give --events FILE")
-    if max_new_tokens < 1: raise FeatsdError(f"max_new_tokens {max_new_tokens}: expected at least 1")
-    stream = read_events(events)
-    model = load_backbone(path, quant, device=device)
-    if model.kind != EventGPT.kind: raise FeatsdError(f"{path}: not an EventGPT checkpoint")
-    clip = Clip(Path(events).stem, np.zeros((0, 1, 1, 3), np.uint8), stream, Path(events).stem)
-    answer = model.generate([model.encode(clip, question)], max_new_tokens)[0]
-    print(model.decode_text(answer.ids))
+    name = Path(events).stem
+    clip = Clip(name, np.zeros((0, 1, 1, 3), np.uint8), read_events(events), name)
+    print_answer(EventGPT, path, lambda model: clip, question, quant, device, max_new_tokens)
 
 # %% ../../nbs/models/22_eventgpt.ipynb #cell028
 if __name__ == "__main__" and "__file__" in globals(): # not in a notebook

@@ -27,6 +27,7 @@ from ..data.events import render_events
 from ..data.world import (CANVAS, COLORS, DIGITS, FRAMES, LANES, QUESTIONS, REGIONS, SIZES, VERBS, PocketClips, draft_words,
                                target_words, twin, word_list)
 from .backbone import Backbone, folder_hash, quant_kwargs
+from .checkpoint import placement
 
 # %% ../../nbs/models/21_pocket.ipynb #cell005
 class VisionTower(nn.Module):
@@ -120,9 +121,12 @@ def save_pocket(self:Pocket, folder):
     write_json(folder/"config.json", {**config, "model_type": self.kind, "sensor": self.sensor, "name": self.name})
     self.tokenizer.save_pretrained(folder)
 
-def load_pocket(cls, folder, quant="fp32")->Pocket:
+def load_pocket(cls, folder, quant="fp32",
+                device="cpu", # cuda, cuda:N, auto
+               )->Pocket:
     "The model in a checkpoint folder"
     from transformers.utils import logging
+    where = placement(device)
     folder, kwargs = Path(folder), quant_kwargs(quant)
     config = read_json(folder/"config.json")
     sensor = config.pop("sensor", None)
@@ -131,7 +135,7 @@ def load_pocket(cls, folder, quant="fp32")->Pocket:
     level = logging.get_verbosity()
     logging.set_verbosity_error() # the visual keys are ours to read, not unexpected
     logging.disable_progress_bar()
-    try: lm = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**{**config, "model_type": "llama"}), **kwargs)
+    try: lm = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**{**config, "model_type": "llama"}), **({"device_map": where} if device != "cpu" else {}), **kwargs)
     finally: logging.set_verbosity(level)
     tower, projector = VisionTower(SENSORS[sensor]), nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, lm.config.hidden_size))
     try:
@@ -140,6 +144,7 @@ def load_pocket(cls, folder, quant="fp32")->Pocket:
                 module.load_state_dict({k.removeprefix(prefix): f.get_tensor(k).float() for k in f.keys() if k.startswith(prefix)})
     except RuntimeError as e: raise FeatsdError(f"{folder}/model.safetensors: not a checkpoint of the built-in pair ({e})") from None
     if quant in ("fp16", "bf16"): tower, projector = tower.to(kwargs["dtype"]), projector.to(kwargs["dtype"])
+    tower, projector = tower.to(lm.device), projector.to(lm.device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return cls(lm, tower, projector, tokenizer, sensor, name, folder_hash(folder), quant)
 

@@ -13,11 +13,11 @@ import torch
 from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
 from ..core import FeatsdError, command, read_json
-from ..data.clips import Clip
+from ..data.clips import Clip, frame_indices, read_folder, read_video
 from ..data.events import Events
-from .backbone import Backbone, folder_hash, quant_kwargs
+from .backbone import Backbone, folder_hash, print_answer, quant_kwargs
 from .checkpoint import local_folder, placement, quiet_transformers, read_tokenizer, tensor_shapes, variant
-from .pixels import RULES, clip_pixels, frame_indices, read_frames
+from .pixels import clip_pixels
 
 # %% ../../nbs/models/23_videollava.ipynb #cell005
 PROMPTS = {"space": "USER: <video>\n{} ASSISTANT:", "newline": "USER: <video>\n{}\nASSISTANT:"}
@@ -37,8 +37,7 @@ class VideoLLaVA(Backbone):
     def __init__(self, lm:VideoLlavaForConditionalGeneration, tokenizer, name, model_hash="", quant="fp32",
                  frames=8, frame_rule="linspace", prompt_form="space", all_ids=False):
         super().__init__(lm, lm.model.language_model, tokenizer, name, model_hash, quant)
-        if frames < 1: raise FeatsdError(f"frames {frames}: expected 8, as the model was trained")
-        if frame_rule not in RULES: raise FeatsdError(f"frame rule {frame_rule!r}: expected one of {', '.join(RULES)}")
+        frame_indices(1, frames, frame_rule) # a wrong rule or number is said now
         if prompt_form not in PROMPTS: raise FeatsdError(f"prompt form {prompt_form!r}: expected one of {', '.join(PROMPTS)}")
         lm.requires_grad_(False)
         lm.model.image_tower = None # 300M weights that only single pictures need
@@ -134,20 +133,15 @@ def ask(path:str, # checkpoint folder or hub name, options behind a "?": PATH?fr
         video:str=None, # video file, or folder of frames
         question:str="What are the key elements in this scene?", # asked about the video
         quant:str="fp32", # fp32, fp16, bf16, 8bit, 4bit
-        device:str="auto", # auto, cpu, cuda, cuda:N
+        device:str=None, # auto, cpu, cuda, cuda:N; default as behind the "?", else auto
         max_new_tokens:int=64): # length of the answer
     "Answer a question about a video, greedily"
-    from featsd.models.backbone import load_backbone
     if video is None: raise FeatsdError("no video; give --video FILE or a folder of frames")
-    if max_new_tokens < 1: raise FeatsdError(f"max_new_tokens {max_new_tokens}: expected at least 1")
-    if not Path(video).exists(): raise FileNotFoundError(f"{video}: no such video file or folder of frames; check the path")
-    model = load_backbone(path, quant, device=device)
-    if model.kind != VideoLLaVA.kind: raise FeatsdError(f"{path}: not a Video-LLaVA checkpoint")
-    frames = read_frames(video, model.frames, model.frame_rule)
-    none = np.zeros(0, np.int64)
-    clip = Clip(Path(video).stem, frames, Events(none, none, none, none), Path(video).stem)
-    answer = model.generate([model.encode(clip, question)], max_new_tokens)[0]
-    print(model.decode_text(answer.ids))
+    file, none = Path(video), np.zeros(0, np.int64)
+    if not file.exists(): raise FileNotFoundError(f"{video}: no such video file or folder of frames; check the path")
+    read = read_folder if file.is_dir() else read_video
+    def look(model): return Clip(file.stem, read(video, model.frames, model.frame_rule)[0], Events(none, none, none, none), file.stem)
+    print_answer(VideoLLaVA, path, look, question, quant, device, max_new_tokens)
 
 # %% ../../nbs/models/23_videollava.ipynb #cell018
 if __name__ == "__main__" and "__file__" in globals(): # not in a notebook
