@@ -232,7 +232,7 @@ def cross_modal_gain(states, table, adapter, head, weights, sharpen=1., stream="
     w, s, a, f = sums.T
     asked = np.array([states.pairs[i].question for i in index])
     out = Gain(stream, tuple(weights), sharpen, mean(w), mean(s), mean(a), mean(f), mean(w - f), mean(s - f), {str(q): mean(w - f, asked == q) for q in dict.fromkeys(asked.tolist())},
-                int(tokens.sum()), sure={k: reliability(*map(np.concatenate, zip(*v, strict=True)), on, k, n_boot) for k, v in sure.items()})
+                int(tokens.sum()), sure={k: reliability(np.concatenate([s for s, _ in v]), np.concatenate([h for _, h in v]), on, k, n_boot) for k, v in sure.items()})
     out.answers = f, tokens, clips # no field: it stays out of the JSON
     return out
 
@@ -317,7 +317,9 @@ def gains(adapter, test, val, words, head, n_boot=400, max_pairs=400, notes=None
     for name, stream, source in (("forced", "draft_forced", "draft_forced"), ("free", "draft_free", "draft_free"), ("wrong clip", "draft_wrong", "draft_forced"), ("wrong clip, refitted", "draft_wrong", "draft_wrong")):
         lacks = [k for k, d, s in (("test", test, stream), ("validation", val, source)) if s not in d.manifest["streams"]]
         if lacks: notes.append(f"Gain, {name}: the {lacks[0]} store has no stream {stream if lacks[0] == 'test' else source}.")
-        else: out[name] = cross_modal_gain(test, words, adapter, head, *fit(source), stream, None, n_boot)
+        else:
+            weights, sharpen = fit(source)
+            out[name] = cross_modal_gain(test, words, adapter, head, weights, sharpen, stream, None, n_boot)
     if "wrong clip, refitted" in out and "forced" in out: out["forced"].events = worth_of_events(out["forced"], out["wrong clip, refitted"], n_boot)
     return out
 

@@ -335,8 +335,8 @@ def speculative_decode_batch(target, drafters, # one per prompt
     first, start = state.h[:, None], state.lengths.tolist() # [B, 1, D]
     t1 = now()
     for d, p in zip(drafters, prompts): d.start(p, sampling)
-    share = [1e3 * (t1 - t0) / len(prompts), 1e3 * (now() - t1) / len(prompts)]
-    out, rows = [Decoded([], [], [], [], *share, [], [], []) for _ in prompts], list(range(len(prompts)))
+    start_ms, draft_start_ms = 1e3 * (t1 - t0) / len(prompts), 1e3 * (now() - t1) / len(prompts)
+    out, rows = [Decoded([], [], [], [], start_ms, draft_start_ms, [], [], []) for _ in prompts], list(range(len(prompts)))
     while rows:
         t0, drafts = now(), []
         for r in rows:

@@ -317,7 +317,7 @@ def describe_data(train, val)->dict:
                 train_fingerprint=fingerprint(train), val_fingerprint=fingerprint(val))
 
 # %% ../nbs/02_train.ipynb #cell024
-def draw_history(history:dict, title="")->"Figure":  # noqa: F821
+def draw_history(history:dict, title=""): # matplotlib Figure
     "Loss, cosine and acceptance by epoch, as a matplotlib figure; the best epoch is marked"
     from matplotlib.figure import Figure
     fig, epochs = Figure(figsize=(9, 2.8), layout="constrained"), range(1, len(history["val_loss"]) + 1)

@@ -190,7 +190,7 @@ def load_eventgpt(cls, path, # folder or hub name
         raise FeatsdError(f"{folder}: no tensor model.visual_projector.*; a language model, not an EventGPT checkpoint")
     vision, own = tower_of(folder, fields, shapes)
     drop = ("model_type", "architectures", "dtype", "torch_dtype", "auto_map", "transformers_version", "_name_or_path")
-    config = LlamaConfig(**{k: v for k, v in fields.items() if k not in drop}, vision=vision)
+    config = LlamaConfig(**{k: v for k, v in fields.items() if k not in drop}, vision=vision) # type: ignore[call-arg]
     if own: shapes |= own_tower(own, tensor_shapes)
     if config.tie_word_embeddings: shapes.setdefault("lm.lm_head.weight", shapes.get("lm.model.embed_tokens.weight"))
     check_tensors(folder, config, shapes)
