@@ -190,7 +190,7 @@ def featsd_verify(path:str, # store, the founding study's .pt file or folder, ad
 @call_parse
 @command
 def featsd_convert(src:str, # the founding study's .pt file or chunk folder, or a store
-                   dest:str, # from the study: a folder for the store; from a store: NAME.pt, or a folder for chunks. New, or begun by the same command
+                   dest:str, # from the study: a folder for the store; from a store: NAME.pt, or a folder for chunks; NAME.parquet: texts and ids only. New, or begun by the same command
                    dtype:str=None, # to a store: fp32, fp16, bf16 or fp8; default as in the file. What rounds is lossy, and is said so
                    chunk_size:int=None, # pairs per file; default 256 MiB of states in a store, 1,000 pairs in a chunk folder
                    min_tokens:int=0, # to the study's format: leave out shorter pairs (the study left out those under 5)

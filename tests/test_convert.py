@@ -341,3 +341,15 @@ def test_packed_by_extraction_holds_ids(tmp_path):
     d["target_ids"] = d["target_ids"].float()
     torch.save(d, tmp_path/"y.pt")
     with pytest.raises(StoreError, match="target_ids"): open_states(tmp_path/"y.pt")
+
+
+def test_texts_and_ids_as_parquet(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    from featsd.data.store import open_states
+    from featsd.data.study import convert
+    from featsd.extract import extract
+    store = extract(tmp_path, max_samples=2, max_questions=2, quant="fp32", split="test", max_new_tokens=6, progress=False)
+    assert "4 pairs" in convert(store, tmp_path/"m.parquet")[0]
+    states, rows = open_states(store), pq.read_table(tmp_path/"m.parquet").to_pylist()
+    assert [r["target_ids"] for r in rows] == [states.target_ids(i).tolist() for i in range(4)]
+    assert [(r["clip_id"], r["question"], r["target_text"]) for r in rows] == [(p.clip_id, p.question, p.target_text) for p in states.pairs]

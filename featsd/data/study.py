@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_pt', 'StudySource', 'write_study', 'pack_study', 'study_to_store', 'head_beside', 'read_born', 'store_to_study',
-           'convert']
+           'metadata_parquet', 'convert']
 
 # %% ../../nbs/data/15_study.ipynb #cell002
 import ctypes
@@ -425,6 +425,22 @@ def store_to_study(source, # folder of the store
         if lock: lock.close()
     return _said(states, part, born, lost, head_beside(dest), whole and bool(born) and (born["form"] == "folder") == folder)
 
+# %% ../../nbs/data/15_study.ipynb #parq001
+def metadata_parquet(source, dest)->list: # of str
+    "Clip, question, texts, ids and lengths of every pair as a Parquet file, whole or not at all; the states stay where they are"
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError: raise StoreError(f"{dest}: Parquet is written by pyarrow, which is not installed; pip install pyarrow") from None
+    states = open_states(source)
+    rows = [{"index": p.index, "clip_id": p.clip_id, "sequence": p.sequence, "question_idx": p.question_idx, "question": p.question, "target_text": p.target_text, "draft_text": p.draft_text,
+             "n_target": p.n_target, "n_draft": p.n_draft, **{f"{side}_ids": None if (ids := getattr(states, f"{side}_ids")(i)) is None else ids.tolist() for side in ("target", "draft")}} for i, p in enumerate(states.pairs)]
+    kinds = {"index": pa.int64(), "question_idx": pa.int64(), "n_target": pa.int64(), "n_draft": pa.int64(), "target_ids": pa.list_(pa.int64()), "draft_ids": pa.list_(pa.int64())}
+    about = {"featsd": json.dumps({k: states.manifest.get(k) for k in ("pair", "dataset", "split", "duration", "quant", "head_hash", "target", "draft")}, default=str)}
+    schema = pa.schema([(k, kinds.get(k, pa.string())) for k in rows[0]] if rows else [], metadata=about)
+    with atomic_write(dest) as f: pq.write_table(pa.Table.from_pylist(rows, schema), f)
+    return [f"{len(rows)} pairs: texts, ids and lengths; the states are not in it"]
+
 # %% ../../nbs/data/15_study.ipynb #9839f41f
 def _written(file, n): # a file under its name is whole
     try: return file.exists() and len(_checked_study(load_pt(file), file)[1]) == n
@@ -453,6 +469,7 @@ def convert(source, # a store, or the study's .pt file or chunk folder
             dest, dtype=None, chunk_size=None, min_tokens=0, progress=True)->list: # of str
     "Study's files → store, store → study's files: which of the two, the source says"
     if chunk_size is not None and chunk_size < 1 or min_tokens < 0: raise StoreError(f"chunk_size {chunk_size}, min_tokens {min_tokens}: expected at least 1 and at least 0")
+    if str(dest).endswith(".parquet"): return metadata_parquet(source, dest)
     if not (Path(source)/"manifest.json").exists():
         if min_tokens: raise StoreError("min_tokens is for a conversion to the study's files; a store keeps every pair")
         return study_to_store(source, dest, dtype, chunk_size, progress)
