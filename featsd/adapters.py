@@ -6,8 +6,9 @@
 __all__ = ['HEAD_LOSSES', 'LEVELS', 'CARD_ROWS', 'feature_loss', 'head_loss', 'Adapter', 'compute_loss', 'Bottleneck',
            'HiddenStateAdapter', 'MultiLayerBottleneckAdapter', 'WideBottleneckAdapter', 'AdapterCache',
            'AttentionAdapter', 'create_adapter', 'create_hidden_adapter', 'save_checkpoint', 'StudyConfig',
-           'read_checkpoint', 'infer_sizes', 'build_adapter', 'load_any_adapter', 'check_head', 'save_pretrained',
-           'model_card', 'push_to_hub', 'load_pretrained', 'copy_bandwidth', 'adapter_summary', 'format_summary']
+           'read_checkpoint', 'infer_sizes', 'build_adapter', 'load_any_adapter', 'check_head', 'check_depth',
+           'save_pretrained', 'model_card', 'push_to_hub', 'load_pretrained', 'copy_bandwidth', 'adapter_summary',
+           'format_summary']
 
 # %% ../nbs/00_adapters.ipynb #cell002
 import inspect
@@ -72,6 +73,7 @@ def _check_config(name, config):
         elif k == "dropout": ok, want = type(v) in (int, float) and 0 <= v < 1, "a number in [0, 1)"
         elif k == "alpha": ok, want = type(v) in (int, float) and math.isfinite(v), "a finite number"
         elif k == "causal": ok, want = type(v) is bool, "True or False"
+        elif k == "draft_layers": ok, want = type(v) is int and 0 < v < 1000, "a number of layers"
         elif k == "residual": ok, want = v in ("identity", "linear"), "'identity' or 'linear'"
         else: ok, want = v is None or type(v) is str or k == "level", "a hash or None"
         if not ok: raise ValueError(f"{name}: {k} is {v!r}, expected {want}")
@@ -84,10 +86,13 @@ class Adapter(nn.Module):
     "Base of the four levels, `h̃ = f(h_d)`; a subclass defines `align(h, mask)`. States are `[..., T, D]`, after the final norm"
     level, adapter_type = 0, ""
 
-    def __init__(self, hidden_dim=4096, target_dim=None, residual="identity", head_hash=None, **own):
+    def __init__(self, hidden_dim=4096, target_dim=None, residual="identity", head_hash=None,
+                 draft_layers=None, # states after the draft's first layers; None: after all
+                 **own):
         super().__init__()
         self.config = dict(level=self.level, hidden_dim=hidden_dim, target_dim=hidden_dim if target_dim is None else target_dim,
                            residual=residual, head_hash=head_hash, **own)
+        if draft_layers is not None: self.config["draft_layers"] = draft_layers
         _check_config(type(self).__name__, self.config)
         self.residual_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if residual == "linear" else None
         self.to_target = None if self.target_dim == hidden_dim else nn.Linear(hidden_dim, self.target_dim, bias=False)
@@ -424,7 +429,7 @@ def build_adapter(state:dict,        # name -> tensor
         if k in claimed and claimed[k] != v: raise ValueError(f"a config that says {k} {claimed[k]!r} over weights that say {v!r}")
     cls = LEVELS[sizes.pop("level")]
     if not issubclass(cls, expect): raise ValueError(f"a {cls.__name__} (L{cls.level}), expected a {expect.__name__} (L{expect.level})")
-    kw = {k: claimed[k] for k in ("dropout", "alpha", "num_heads", "head_hash") if k in claimed and (k != "num_heads" or cls.level == 4)}
+    kw = {k: claimed[k] for k in ("dropout", "alpha", "num_heads", "head_hash", "draft_layers") if k in claimed and (k != "num_heads" or cls.level == 4)}
     if cls.level == 4: kw["causal"] = claimed.get("causal", False)      # the study's L4 knew no mask
     with torch.device("meta"): adapter = cls(**sizes, **kw)             # shapes only, no memory
     own = adapter.state_dict()
@@ -460,6 +465,11 @@ def check_head(adapter,    # an Adapter
     if known is not None and known != head.hash:
         raise ValueError(f"adapter trained against head {known[:16]}, found head {head.hash[:16]}; use that target model or train an adapter for this one")
     return known is not None
+
+def check_depth(adapter, manifest, where):
+    "An adapter reads the states of one depth of the draft: those of a store made at another depth are an error"
+    want, made = (f"the first {k} layers" if k else "all layers" for k in (adapter.config.get("draft_layers"), manifest.get("draft_layers")))
+    if want != made: raise ValueError(f"{where}: states after {made} of the draft, the adapter was trained after {want}; extract with the same --draft_layers")
 
 # %% ../nbs/00_adapters.ipynb #cell051
 def save_pretrained(adapter, folder, metrics=None): # metrics: acceptance_metrics.json as a dict, for the card

@@ -34,11 +34,13 @@ def featsd_extract(
     wrong_clip:store_true=False, # also store the draft's states with another clip's events: the wrong-clip null
     strict:store_true=False, # stop at the first clip that cannot be read, instead of skipping and counting it
     seed:int=0, # of the built-in world's clips
+    batch_clips:int=8, # clips that are decoded together, each with all its questions; 1 for 7B models on 24 GB
+    draft_layers:int=None, # states of the draft's first layers only, norm and head right behind them: an early exit
 ):
     "Extract the paired hidden states of a draft and a target. Killed at any instant, the same command continues"
     from featsd.extract import extract, pack
     path = extract(output_dir, dataset_dir, pair, split, duration, quant, max_samples, max_questions, max_new_tokens,
-                   chunk_size if chunked else save_interval, dtype, wrong_clip, strict=strict, seed=seed)
+                   chunk_size if chunked else save_interval, dtype, wrong_clip, batch_clips, strict, seed, draft_layers=draft_layers)
     if not chunked: path = pack(path, output_dir, split, duration, quant, max_questions, checkpoint_name)
     print(path)
 
@@ -144,6 +146,7 @@ def featsd_timeline(
     checkpoint:str=None, # adapter whose time is measured too
     output_dir:str="timeline", # timing.json, plan.json, stage_timeline.png go here
     quant:str="fp32", # how the pair is loaded: 4bit, 8bit, fp16, bf16, fp32
+    dataset_dir:str="pocket", # data set folder whose test clips are measured on, or "pocket" for the built-in world
     clips:int=3, # clips to measure on
     questions:int=2, # questions per clip
     runs:int=5, # repetitions per clip and question
@@ -158,9 +161,9 @@ def featsd_timeline(
     if timing is not None: run_timeline(output_dir, timing=read_timing(timing), **given)
     else:
         from featsd.data.clips import open_clips
-        from featsd.models.backbone import load_pair
-        sides = dict(s.split("=", 1) for s in pair.split(",")) if "=" in pair else {"name": pair}
-        models, data = load_pair(**sides, quant=quant), open_clips("pocket", split="test", max_samples=clips)
+        from featsd.extract import parse_pair
+        data = open_clips(dataset_dir, "test", clips)
+        models = parse_pair(pair, quant)
         adapter = None if checkpoint is None else load_any_adapter(checkpoint)[0]
         run_timeline(output_dir, models, [data[i] for i in range(len(data))], data.questions[:questions], adapter, runs, **given)
     print(output_dir)
@@ -293,18 +296,20 @@ def featsd_compare(
     out:str="comparison", # folder: compare.json, cycles.jsonl, report.txt, speedup.png, compare.html
     dataset_dir:str="pocket", # data set folder, or "pocket" for the built-in world
     split:str="test", # whose clips are compared on
+    duration:str=None, # of a data set folder's clips: 1s, 500ms, …; picks the subfolder
     quant:str="fp32", # how the models are loaded: 4bit, 8bit, fp16, bf16, fp32
     words:str=None, # JSONL log or store of training answers, for tables and templates; default: the target answers --word_clips training clips
     val:str=None, # store of validation clips, for fusion weights and gate; default: --val_clips are extracted
     word_clips:int=550, # training clips whose answers the tables are fitted on
     val_clips:int=24, # validation clips
-    draft_layers:str="", # depths of the draft to try with every adapter, commas between; default: all layers
+    draft_layers:str="", # depths of the draft to try with every adapter, commas between; default: what each was trained on
     dynamic:bool=True, # no variants that stop drafting where they are unsure
     wrong_clip:store_true=False, # also run the sensor drafters with another clip's events: what is left is language
     transformers:bool=True, # do not time transformers' generate
     max_new_tokens:int=50, # tokens per answer
     plain_runs:int=3, # timed runs of plain decoding per prompt
     seed:int=0, # of the order of the arms and of the resampling
+    batch_clips:int=8, # training and validation clips that are decoded together; 1 for 7B models on 24 GB
 ):
     "Every drafter at every γ on one pair, interleaved, beside plain decoding: measured lossless speedups, and the estimates beside them"
     from pathlib import Path
@@ -317,7 +322,8 @@ def featsd_compare(
     for n in counts:
         folder = Path(out) if len(counts) == 1 else Path(out)/f"threads_{n}"
         run_comparison(pair, [a for a in adapter.split(",") if a], [d for d in drafters.split(",") if d] or None, clips, questions, numbers(gammas, "gammas"), n, folder, out, dataset_dir, split, quant,
-                       words, val, word_clips, val_clips, numbers(draft_layers, "draft_layers") or None, dynamic, wrong_clip, max_new_tokens, seed, plain_runs, transformers)
+                       words, val, word_clips, val_clips, numbers(draft_layers, "draft_layers") or None, dynamic, wrong_clip, max_new_tokens, seed, plain_runs, transformers,
+                       duration=duration, batch_clips=batch_clips)
         print(folder)
 
 # %% ../nbs/commands.ipynb #cell015

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['pair_states', 'Stopped', 'stop_on_signals', 'read_clip', 'other_clip', 'chunk_pairs', 'devices_of', 'manifest_of',
-           'safe_name', 'extract', 'log_chunk', 'parse_pair', 'pack']
+           'rounding', 'safe_name', 'extract', 'log_chunk', 'parse_pair', 'shortened', 'pack']
 
 # %% ../nbs/01_extract.ipynb #cell002
+import copy
 import datetime as dt
 import hashlib
 import itertools
@@ -18,13 +19,15 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
-from .core import FeatsdError, lib_versions
+from .core import FeatsdError, lib_versions, read_json
 from .data.clips import open_clips
 from .data.store import PairStates, StoreWriter, open_states
 from .data.study import pack_study
 from .models.backbone import Pair, load_pair, memory_report
+from .models.lean import early_exit
 
 # %% ../nbs/01_extract.ipynb #cell005
 def pair_states(pair, # Pair
@@ -118,6 +121,11 @@ def manifest_of(pair, clips, questions, max_new_tokens, quant, dtype, wrong_clip
             "generation": {"max_new_tokens": max_new_tokens, "do_sample": False, "batch_clips": batch_clips},
             "devices": {side: devices_of(getattr(pair, side)) for side in ("target", "draft")}, "versions": lib_versions(), "argv": argv or [], "created": dt.datetime.now().isoformat(timespec="seconds"), "max_samples": len(clips)}
 
+def rounding(*models)->dict: # settings of StoreWriter
+    "How far two correct passes of these models may differ: a wide pass and single steps round differently, coarsely below float32"
+    eps = max(torch.finfo(m.dtype).eps for m in models)
+    return {"tie": max(1e-3, 64 * eps), "min_agreement": .999 if eps < 1e-6 else .99}
+
 def safe_name(name, what):
     "A name that stays inside its folder"
     if not re.fullmatch(r"[\w][\w.+-]*", str(name)):
@@ -137,6 +145,7 @@ def extract(output_dir="hidden_states", # folder for the store
             batch_clips=8, # clips that are decoded together
             strict=False, # stop at the first clip that cannot be read, instead of counting it
             seed=0, # of the built-in world's clips
+            draft_layers=None, # states of the draft's first layers only, norm and head right behind them; None = all
             progress=True)->Path: # the store's folder
     "Extract paired states into `output_dir/chunked_{split}_{duration}_{quant}`; what is there already is not done again"
     for name, what in ((split, "split"), (duration, "duration"), (quant, "quant")): safe_name(name, what)
@@ -144,12 +153,15 @@ def extract(output_dir="hidden_states", # folder for the store
         if value < 1: raise FeatsdError(f"{what} {value}: expected at least 1")
     clips = open_clips(dataset_dir, split, max_samples, seed, duration)
     if len(clips) == 0: raise FeatsdError(f"{dataset_dir}: no clip in split {split!r}; check --split and --max_samples")
-    pair = parse_pair(pair, quant)
+    whole = parse_pair(pair, quant)
+    pair = shortened(whole, draft_layers)
     questions = clips.questions[:max_questions]
     total, path = len(clips) * len(questions), Path(output_dir)/f"chunked_{split}_{duration}_{quant}"
     manifest = manifest_of(pair, clips, questions, max_new_tokens, quant, dtype, wrong_clip, batch_clips, split, duration, sys.argv[1:])
     manifest["seed"] = seed
-    with StoreWriter(path, manifest, pair.target.head, chunk_size, pair.draft.head) as writer, stop_on_signals():
+    if pair.draft is not whole.draft: manifest["draft_layers"] = draft_layers
+    unread = []
+    with StoreWriter(path, manifest, pair.target.head, chunk_size, pair.draft.head, **rounding(pair.target, pair.draft)) as writer, stop_on_signals():
         todo = writer.missing(total)
         left = sum(stop - start for start, stop in todo)
         bar = tqdm(total=total, initial=total - left, unit="pair", desc=f"extract {split}", disable=not progress, dynamic_ncols=True)
@@ -158,6 +170,7 @@ def extract(output_dir="hidden_states", # folder for the store
             for start, stop in todo:
                 began = time.perf_counter()
                 pairs, skipped = chunk_pairs(pair, clips, questions, start, stop, max_new_tokens, wrong_clip, batch_clips, bar.update)
+                unread += skipped
                 if strict and skipped: raise FeatsdError(f"clip {skipped[0][0]} cannot be read ({skipped[0][1]}); mend it, or leave out --strict to count and skip it")
                 computed = time.perf_counter()
                 writer.write_chunk(start, pairs, skipped, stop)
@@ -170,7 +183,10 @@ def extract(output_dir="hidden_states", # folder for the store
             print(f"stopped: {safe} of {total} pairs are safe in {path}; run the same command again to go on", file=sys.stderr)
             writer.close()
             sys.exit(e.code)
-        bar.close()
+        finally: bar.close()
+    if not read_json(path/"index.json")["pairs"]: # nothing is kept, so that the same command tries again
+        for f in (path/"chunks").iterdir(): f.unlink()
+        raise FeatsdError(f"{dataset_dir}: not one of {len(clips)} clips could be read" + (f"; {unread[0][0]}: {unread[0][1]}" if unread else ""))
     return path
 
 def log_chunk(path, start, pairs, compute_s, write_s):
@@ -185,6 +201,13 @@ def parse_pair(pair, quant)->Pair:
     parts = dict(part.split("=", 1) for part in pair.split(",") if "=" in part)
     if set(parts) != {"draft", "target"}: raise FeatsdError(f"pair {pair!r}: expected 'pocket' or 'draft=FOLDER,target=FOLDER'")
     return load_pair(**parts, quant=quant)
+
+def shortened(pair, layers)->Pair:
+    "The pair with a draft that ends after some layers; None: as it is"
+    if layers is None: return pair
+    short = copy.copy(pair)
+    short.draft = early_exit(pair.draft, layers)
+    return short
 
 # %% ../nbs/01_extract.ipynb #cell017
 def pack(path, output_dir, split, duration, quant, max_questions, checkpoint_name=None)->Path:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapters import check_head, load_any_adapter
+from .adapters import check_depth, check_head, load_any_adapter
 from .core import FeatsdError, write_json
 from .data import figures
 from .data.answers import Answers, Interval, clip_bootstrap, first_match_length, prompt_lookup, template_ids
@@ -232,7 +232,9 @@ def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's 
     if len(test) == 0: raise FeatsdError("measure: no pairs in the test data; extract more clips or choose another split")
     head = head or test.head()
     name, manifest, notes = name or (f"L{adapter.level}" if adapter is not None else "no adapter"), test.manifest, []
-    if adapter is not None and head is not None: check_head(adapter, head)
+    if adapter is not None:
+        check_depth(adapter, manifest, test.path)
+        if head is not None: check_head(adapter, head)
     if train is not None and (shared := set(train.clips) & set(test.clips)):
         raise FeatsdError(f"measure: clip {sorted(shared)[0]} is in training and test data ({len(shared)} such clips); split by clip")
     if head is None: notes.append("The store holds no target head, so no token is compared through it.")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from .adapters import HEAD_LOSSES, LEVELS, check_head, create_adapter, feature_loss, head_loss, read_checkpoint, save_checkpoint
+from .adapters import HEAD_LOSSES, LEVELS, check_depth, check_head, create_adapter, feature_loss, head_loss, read_checkpoint, save_checkpoint
 from .core import FeatsdError, atomic_write, lib_versions, read_json, write_json
 from .data.feed import Feed, choose_stream, state_bytes
 from .data.store import VOLATILE, open_states
@@ -125,6 +125,7 @@ def check_match(adapter, states, head):
     for side, have in (("draft", adapter.hidden_dim), ("target", adapter.target_dim)):
         if m[f"{side}_dim"] != have:
             raise FeatsdError(f"{states.path}: {side} states of width {m[f'{side}_dim']}, expected {have}; use the adapter made for these models")
+    check_depth(adapter, m, states.path)
     known, made = adapter.config["head_hash"], m.get("head_hash")
     if None not in (known, made) and known != made:
         raise FeatsdError(f"{states.path}: states made against head {made[:16]}, expected {known[:16]}, the adapter's; extract them again or train a new adapter")
@@ -283,7 +284,7 @@ def one_level(level)->int:
 def new_adapter(level, manifest, head, seed, **sizes):
     "An untrained adapter between the two models of a store, tied to the target's head"
     made = head.hash if head is not None else manifest.get("head_hash")
-    with seeded(seed): return create_adapter(level, manifest["draft_dim"], manifest["target_dim"], head_hash=made, **sizes)
+    with seeded(seed): return create_adapter(level, manifest["draft_dim"], manifest["target_dim"], head_hash=made, draft_layers=manifest.get("draft_layers"), **sizes)
 
 # %% ../nbs/02_train.ipynb #cell022
 def open_data(train_data, val_data, val_split, seed)->tuple: # train, val: States
@@ -311,7 +312,7 @@ def fingerprint(states)->str:
 def describe_data(train, val)->dict:
     "What the run learned from, for config.json"
     m = train.manifest
-    kept = {k: m[k] for k in sorted(m) if "hash" in k or k in ("state_point", "dtype", "quant", "pair", "schema")}
+    kept = {k: m[k] for k in sorted(m) if "hash" in k or k in ("state_point", "dtype", "quant", "pair", "schema", "draft_layers")}
     return dict(train_path=str(train.path), val_path=str(val.path), train_samples=len(train), val_samples=len(val), train_clips=len(train.clips),
                 val_clips=len(val.clips), clips_in_both=len(set(train.clips) & set(val.clips)), store=json.loads(json.dumps(kept, default=str)),
                 train_fingerprint=fingerprint(train), val_fingerprint=fingerprint(val))

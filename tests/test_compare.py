@@ -99,6 +99,38 @@ def test_what_is_not_the_targets_is_broken_and_wins_nothing(monkeypatch):
     assert "BROKEN" in c.speedup_figure()["curves"][0]["name"]
 
 
+class Rounds(Chain):
+    "Two first choices are equal up to rounding, and a wide pass rounds otherwise: its states have a mark that lowers one of them"
+    def __init__(self, gap):
+        super().__init__()
+        self.table = torch.cat([self.table, torch.zeros(1, V)])
+        self.table[:V, 1] = self.table[:V].max(1).values + 1
+        self.table[:V, 2] = self.table[:V, 1] - gap
+        self.table[V, 1] = -1e-4
+    def hot(self, ids): return nn.functional.one_hot(ids, V + 1).float()
+    def step(self, state, ids):
+        h = super().step(state, ids)
+        h[..., V] = float(ids.shape[1] > 1)
+        return h
+
+
+@pytest.mark.parametrize("gap", [0., 1e-5])
+def test_what_differs_by_rounding_is_counted_apart(gap):
+    pair, clips = world()
+    pair.target = Rounds(gap)
+    c = C.compare(pair, clips, {"x": Guess(pair.target, .9), "nothing": NullDraft()}, (3,), ["a ?", "b ?"], 20, n_boot=50)
+    x, nothing = c.rows
+    assert x.identical < 8 and x.identical + x.rounded == 8 and not x.broken and (nothing.identical, nothing.rounded) == (8, 0)
+    assert f"{x.rounded} rounded" in c.table() and any(v.startswith(f"Rounding: on {x.rounded} of 16 runs") for v in c.verdict())
+
+
+def test_few_clips_decide_nothing(monkeypatch):
+    synthetic(monkeypatch)
+    c = run({"good": lambda t: Guess(t, .9), "bad": lambda t: Guess(t, .2)}, n=7)
+    for r in c.rows: r.kind = "sensor" if r.name == "good" else "null"
+    assert c.over_null.ratio.low > 1 and any("From 7 clips that decides nothing: compare on 8 or more." in v for v in c.verdict())
+
+
 def synthetic(monkeypatch, c=.1, v=.05, o=.02, step=2.):
     "Decoding whose times follow γc + v + o exactly"
     real, plain = C.speculative_decode, C.plain_decode

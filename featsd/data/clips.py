@@ -279,7 +279,8 @@ class FolderClips:
                  max_samples=-1, # the first ones; -1 = all
                  questions=None, # list or question file; default: the folder's questions.json or .txt, else the study's ten
                  duration=None, # for example "1s": picks the subfolder and refuses clips that are longer
-                 n_frames=8, frame_rule="linspace"): # see `frame_indices`
+                 n_frames=8, frame_rule="linspace", # see `frame_indices`
+                 spread=False): # take `max_samples` evenly from the whole split, not the first: neighbours share half their frames
         limit = None if duration is None else duration_us(duration)
         self.root = find_listing(dataset_dir, duration).resolve()
         listing, self.split, self.limit, self.n_frames, self.frame_rule = inside(self.root, LISTING), split, limit, n_frames, frame_rule
@@ -289,7 +290,8 @@ class FolderClips:
         found = Counter(e.split for e in entries)
         self.entries = [e for e in entries if e.split in (split, "")]
         if not self.entries: raise FeatsdError(f"{listing}: no clip in split {split!r}; found {', '.join(f'{k} ({n})' for k, n in sorted(found.items()))}")
-        if max_samples >= 0: self.entries = self.entries[:max_samples]
+        if 0 <= max_samples < len(self.entries):
+            self.entries = [self.entries[i] for i in frame_indices(len(self.entries), max_samples)] if spread and max_samples else self.entries[:max_samples]
         self.clip_ids, self.sequences = [e.id for e in self.entries], [e.sequence for e in self.entries]
         self.questions = choose_questions(questions, self.root)
         self.name = f"{self.root.name}@{sha256_file(listing)[:12]}" # another listing is another data set
@@ -309,6 +311,7 @@ class FolderClips:
     def events(self, e):
         path = inside(self.root, PurePosixPath("event_npy")/e.event)
         events = read_events(path, MAX_CLIP_EVENTS, MAX_CLIP_BYTES)
+        if len(events) < 5: raise FeatsdError(f"{path}: {len(events)} events, expected at least 5, one per picture; record the clip again, or take it out of the listing")
         if self.limit and events.duration_us > 1.05 * self.limit:
             raise FeatsdError(f"{path}: spans {events.duration_us} µs, expected at most {self.limit}; give the duration that the clips have")
         return events
@@ -341,12 +344,13 @@ def open_clips(dataset_dir="pocket", # "pocket" for the built-in world, or a fol
                split="train", # "train", "val" or "test"
                max_samples=-1, # clips; -1 = all (1,000 of the built-in world)
                seed=0, # of the built-in world
-               duration=None): # of the clips of a folder: "1s", "500ms", …
+               duration=None, # of the clips of a folder: "1s", "500ms", …
+               spread=False): # take `max_samples` evenly from a folder's split; clips of the built-in world do not overlap
     "The clips of a split"
     if str(dataset_dir) == "pocket":
         from featsd.data.world import PocketClips
         return PocketClips(split, 1000 if max_samples < 0 else max_samples, seed)
-    return FolderClips(dataset_dir, split, max_samples, duration=duration)
+    return FolderClips(dataset_dir, split, max_samples, duration=duration, spread=spread)
 
 def split_clips(sequences, # sequence (or clip id) of each clip
                 val_split=.1, # share of the sequences that validate, at least one

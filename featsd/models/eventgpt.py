@@ -86,7 +86,9 @@ class EventGPT(Backbone):
     def see(self, clip): # [1, T+P+1, D]
         "Event tokens of a clip"
         where = self.tower.embeddings.patch_embedding.weight
-        x = self.tower(self.pictures(clip.events).to(where.device, where.dtype)).last_hidden_state # [T, P+1, C]
+        try: pictures = self.pictures(clip.events)
+        except FeatsdError as e: raise FeatsdError(f"clip {clip.id}: {e}") from None
+        x = self.tower(pictures.to(where.device, where.dtype)).last_hidden_state # [T, P+1, C]
         x = pool(self.adaptor(self.projector(x)))
         return (self.adaptor(x) if self.adaptor_twice else x)[None].to(self.device, self.dtype)
 
@@ -143,7 +145,7 @@ def check_tensors(folder, config, shapes): # raises
     with torch.device("meta"): wanted = {k: tuple(v.shape) for k, v in EventChat(config).state_dict().items()}
     for k in sorted(wanted.keys() & shapes.keys()):
         if wanted[k] != shapes[k]:
-            part = "the vision tower is of another size" if k.startswith(("tower.", "projector.0")) else "config.json and weights do not fit"
+            part = "the vision tower is of another size; give the one it was trained with" if k.startswith(("tower.", "projector.0")) else "config.json and weights do not fit; fetch both again"
             raise FeatsdError(f"{folder}: {k} has shape {shapes[k]}, expected {wanted[k]}; {part}")
     for found, what in ((wanted.keys() - shapes.keys(), "missing"), (shapes.keys() - wanted.keys(), "left over")):
         if found: raise FeatsdError(f"{folder}: {len(found)} tensors {what}, such as {min(found)}; not a whole EventGPT checkpoint, fetch it again")
