@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from .adapters import load_any_adapter
-from .assist import word_experts
 from .calibration import calibrate
-from .compare import build_drafters, compare, quiet_clock, training_words
+from .compare import compare, quiet_clock
 from .core import FeatsdError, atomic_write, lib_versions, read_json, write_json
 from .data.answers import Answers
 from .data.clips import open_clips
@@ -24,6 +23,7 @@ from .data.figures import figure, save_png, write_html
 from .data.store import open_states
 from .decode import encode_prompt
 from .extract import extract
+from .makers import build_drafters, training_words, word_experts
 from .metrics import SDConfig, aligner, metrics_of, print_metrics_report, score_states
 from .models.backbone import load_pair
 from .models.lean import lean

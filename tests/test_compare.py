@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from featsd import compare as C
+from featsd import makers
 from featsd.core import FeatsdError
 from featsd.data.answers import Answers
 from featsd.decode import AdversarialDraft, Decoded, Draft, Drafter, NullDraft, OracleDraft
@@ -265,19 +266,19 @@ def test_a_target_that_changes_its_mind_is_refused(monkeypatch):
 
 def test_material_is_checked():
     a = Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""])
-    tables, templates = C.word_experts(a, ["q"])
+    tables, templates = makers.word_experts(a, ["q"])
     assert tables["q"].next([]) == 1 and templates["q"].tolist() == [1, 2]
-    with pytest.raises(FeatsdError, match="who"): C.word_experts(a, ["who ?"])
-    with pytest.raises(FeatsdError, match="featsd_train"): C.build_drafters(["gated"], None)
-    with pytest.raises(FeatsdError, match="'seer'"): C.build_drafters(["seer"], NS(draft=None, target=None, shared_vocab=1))
+    with pytest.raises(FeatsdError, match="who"): makers.word_experts(a, ["who ?"])
+    with pytest.raises(FeatsdError, match="featsd_train"): makers.build_drafters(["gated"], None)
+    with pytest.raises(FeatsdError, match="'seer'"): makers.build_drafters(["seer"], NS(draft=None, target=None, shared_vocab=1))
     for kw, what in ((dict(gammas=(0,)), "gamma 0"), (dict(clips=0), "clips 0"), (dict(threads=0), "threads 0"), (dict(drafters=["seer"]), "'seer'"), (dict(drafters=["aligned"]), "--adapter")):
         with pytest.raises(FeatsdError, match=what): C.run_comparison(say=lambda s: None, **kw)
 
 
 def test_words_of_another_tokenizer(tmp_path):
     a = Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""], "theirs")
-    C.write_answers(tmp_path/"w.jsonl", a)
-    with pytest.raises(FeatsdError, match="tokenizer theirs, chain has words"): C.read_words(tmp_path/"w.jsonl", Chain())
+    makers.write_answers(tmp_path/"w.jsonl", a)
+    with pytest.raises(FeatsdError, match="tokenizer theirs, chain has words"): makers.read_words(tmp_path/"w.jsonl", Chain())
 
 
 def test_on_the_built_in_pair(tmp_path):

@@ -8,7 +8,7 @@ from tiny_checkpoints import small_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from featsd.adapters import load_any_adapter
-from featsd.compare import word_experts
+from featsd.makers import word_experts
 from featsd.core import FeatsdError
 from featsd.data.clips import open_clips
 from featsd.data.store import open_states, verify_store
