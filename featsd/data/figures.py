@@ -223,7 +223,7 @@ def nulls_chart(data, # {"rows": [{"name", "value", "lo", "hi", "n", "null"}], "
                )->Chart:
     "One bar per drafter with its interval; baselines grey"
     groups = [Series(label, [r["name"] for r in rows], [r["value"] for r in rows], [r["lo"] for r in rows], [r["hi"] for r in rows], [r["n"] for r in rows], kind="hbar", null=null)
-              for label, null in (("adapter", False), ("baseline", True)) if (rows := [r for r in data["rows"] if r["null"] == null])]
+              for label, null in zip(data.get("labels") or ("adapter", "baseline"), (False, True), strict=True) if (rows := [r for r in data["rows"] if r["null"] == null])]
     return Chart(data["title"], [Panel("", groups, data["y"], "")], size=(8, 1.2 + .24 * len(data["rows"])))
 
 # %% ../../nbs/data/16_figures.ipynb #cell017
