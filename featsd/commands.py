@@ -36,8 +36,16 @@ def featsd_extract(
     seed:int=0, # of the built-in world's clips
     batch_clips:int=8, # clips that are decoded together, each with all its questions; 1 for 7B models on 24 GB
     draft_layers:int=None, # states of the draft's first layers only, norm and head right behind them: an early exit
+    watch:store_true=False, # run as a child that is started again when it crashes or hangs
+    max_restarts:int=10, # with --watch: then it gives up
 ):
     "Extract the paired hidden states of a draft and a target. Killed at any instant, the same command continues"
+    if watch:
+        import os
+        import sys
+        from featsd.data.watch import WATCHED, heartbeat_file
+        from featsd.data.watch import watch as run
+        if not os.environ.pop(WATCHED, None): raise SystemExit(run(sys.orig_argv, heartbeat_file(f"{output_dir}/chunked_{split}_{duration}_{quant}"), max_restarts))
     from featsd.extract import extract, pack
     path = extract(output_dir, dataset_dir, pair, split, duration, quant, max_samples, max_questions, max_new_tokens,
                    chunk_size if chunked else save_interval, dtype, wrong_clip, batch_clips, strict, seed, draft_layers=draft_layers)

@@ -13,10 +13,12 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
+from contextlib import ContextDecorator, suppress
 from pathlib import Path
 
 import torch
@@ -24,8 +26,9 @@ from tqdm.auto import tqdm
 
 from .core import FeatsdError, lib_versions, read_json
 from .data.clips import open_clips
-from .data.store import PairStates, StoreWriter, open_states
+from .data.store import PairStates, StoreLock, StoreWriter, open_states
 from .data.study import pack_study
+from .data.watch import Heartbeat
 from .models.backbone import Pair, load_pair, memory_report
 from .models.lean import early_exit
 
@@ -62,15 +65,20 @@ class Stopped(BaseException):
     "A signal asked for the end; `code` is the exit status, 128 + the signal's number"
     def __init__(self, number): self.code = 128 + number
 
-class stop_on_signals:
-    "Inside the block SIGINT and SIGTERM raise `Stopped`: the chunk in work is dropped, those on disk are safe"
+class stop_on_signals(ContextDecorator):
+    "Inside SIGINT and SIGTERM raise `Stopped`, which leaves as exit status and a line: the chunk in work is dropped, those on disk are safe"
+    def __init__(self): self.old, self.said = {}, "stopped; run the same command again to go on"
+    def _recreate_cm(self): return stop_on_signals() # one for each call of a decorated function
     def __enter__(self):
-        self.old = {}
         if threading.current_thread() is threading.main_thread():
             for s in (signal.SIGINT, signal.SIGTERM): self.old[s] = signal.signal(s, self.stop)
+        return self
     def stop(self, number, frame): raise Stopped(number)
-    def __exit__(self, *_):
+    def __exit__(self, kind, e, tb):
+        for s in self.old if kind is Stopped else (): signal.signal(s, signal.SIG_IGN) # a second one changes nothing any more
+        if kind is Stopped: print(getattr(e, "said", self.said), file=sys.stderr)
         for s, handler in self.old.items(): signal.signal(s, handler)
+        if kind is Stopped: raise SystemExit(e.code) from None
 
 def read_clip(clips, i): # Clip or None, reason
     "A clip, or why it cannot be had"
@@ -132,6 +140,7 @@ def safe_name(name, what):
         raise FeatsdError(f"{what} {name!r}: expected letters, digits, '.', '_', '+' or '-'; it becomes part of a file name")
     return name
 
+@stop_on_signals()
 def extract(output_dir="hidden_states", # folder for the store
             dataset_dir="pocket", # "pocket" or a data set folder
             pair="pocket", # a `Pair`, "pocket", or "draft=FOLDER,target=FOLDER"; options behind a "?": FOLDER?device=cuda:1
@@ -161,15 +170,16 @@ def extract(output_dir="hidden_states", # folder for the store
     manifest["seed"] = seed
     if pair.draft is not whole.draft: manifest["draft_layers"] = draft_layers
     unread = []
-    with StoreWriter(path, manifest, pair.target.head, chunk_size, pair.draft.head, **rounding(pair.target, pair.draft)) as writer, stop_on_signals():
+    with StoreWriter(path, manifest, pair.target.head, chunk_size, pair.draft.head, **rounding(pair.target, pair.draft)) as writer, Heartbeat(path, total) as heart:
         todo = writer.missing(total)
         left = sum(stop - start for start, stop in todo)
+        heart(total - left)
         bar = tqdm(total=total, initial=total - left, unit="pair", desc=f"extract {split}", disable=not progress, dynamic_ncols=True)
         size = sum(f.stat().st_size for f in (path/"chunks").glob("*.safetensors"))
         try:
             for start, stop in todo:
                 began = time.perf_counter()
-                pairs, skipped = chunk_pairs(pair, clips, questions, start, stop, max_new_tokens, wrong_clip, batch_clips, bar.update)
+                pairs, skipped = chunk_pairs(pair, clips, questions, start, stop, max_new_tokens, wrong_clip, batch_clips, lambda n: (bar.update(n), heart(n)))
                 unread += skipped
                 if strict and skipped: raise FeatsdError(f"clip {skipped[0][0]} cannot be read ({skipped[0][1]}); mend it, or leave out --strict to count and skip it")
                 computed = time.perf_counter()
@@ -178,11 +188,8 @@ def extract(output_dir="hidden_states", # folder for the store
                 bar.set_postfix_str(f"{size / 2**20:.1f} MiB, {len(skipped)} clips skipped" if skipped else f"{size / 2**20:.1f} MiB")
                 log_chunk(path, start, len(pairs), computed - began, time.perf_counter() - computed)
         except Stopped as e:
-            bar.close()
-            safe = total - sum(b - a for a, b in writer.missing(total))
-            print(f"stopped: {safe} of {total} pairs are safe in {path}; run the same command again to go on", file=sys.stderr)
-            writer.close()
-            sys.exit(e.code)
+            e.said = f"stopped: {total - sum(b - a for a, b in writer.missing(total))} of {total} pairs are safe in {path}; run the same command again to go on"
+            raise
         finally: bar.close()
     if not read_json(path/"index.json")["pairs"]: # nothing is kept, so that the same command tries again
         for f in (path/"chunks").iterdir(): f.unlink()
@@ -191,7 +198,7 @@ def extract(output_dir="hidden_states", # folder for the store
 
 def log_chunk(path, start, pairs, compute_s, write_s):
     "One line per chunk beside the store: speed is no part of its bytes"
-    with open(path/"timings.jsonl", "a", encoding="utf-8") as f:
+    with suppress(OSError), open(path/"timings.jsonl", "a", encoding="utf-8") as f: # a full disk is the next chunk's to report
         f.write(json.dumps({"start": start, "pairs": pairs, "compute_ms": round(compute_s * 1e3), "write_ms": round(write_s * 1e3)}) + "\n")
 
 def parse_pair(pair, quant)->Pair:
@@ -217,7 +224,12 @@ def pack(path, output_dir, split, duration, quant, max_questions, checkpoint_nam
     states = open_states(path)
     config = {"split": split, "duration": duration, "quant": quant, "date": f"{dt.date.today():%Y%m%d}", "max_questions": max_questions,
               "created": dt.datetime.now().isoformat(timespec="seconds"), "store": states.manifest} # for featsd_convert and featsd_verify --pair
-    pack_study(states, Path(output_dir)/name, config)
+    lock = StoreLock(path) # one packer at a time, so that what an earlier one left over can go
+    try:
+        for left in (*Path(output_dir).glob(f"{name}.*.tmp"), *Path(output_dir).glob(f".{name}.*.tmp")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        pack_study(states, Path(output_dir)/name, config)
+    finally: lock.close()
     return Path(output_dir)/name
 
 # %% ../nbs/01_extract.ipynb #cell018

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from .adapters import HEAD_LOSSES, LEVELS, check_depth, check_head, create_adapter, feature_loss, head_loss, read_checkpoint, save_checkpoint
 from .core import FeatsdError, atomic_write, lib_versions, read_json, write_json
 from .data.feed import Feed, choose_stream, state_bytes
-from .data.store import VOLATILE, open_states
+from .data.store import VOLATILE, StoreLock, open_states
 from .data.store import check_head as check_states
 
 # %% ../nbs/02_train.ipynb #cell005
@@ -241,7 +241,7 @@ def _load_state(self, path):
     ckpt = read_checkpoint(path)
     try:
         history, state = ckpt["metrics"]["history"], deepcopy(ckpt["optimizer_state_dict"]) # a copy: the file is memory-mapped
-        if len({len(v) for v in history.values()}) != 1 or not all(math.isfinite(x) for v in history.values() for x in v): raise ValueError("a broken history")
+        if "val_loss" not in history or len({len(v) for v in history.values()}) != 1 or not all(math.isfinite(x) for v in history.values() for x in v): raise ValueError("a broken history")
         self.adapter.load_state_dict(ckpt["model_state_dict"])
         for p, s in zip(self.adapter.parameters(), state["state"].values(), strict=True):
             if s["exp_avg"].shape != p.shape or s["exp_avg_sq"].shape != p.shape: raise ValueError("optimizer state of other shapes")
@@ -375,13 +375,26 @@ def find_run(resume, output_dir, level, config)->tuple: # folder or None, its co
 
 # %% ../nbs/02_train.ipynb #cell027
 class Run:
-    "Writes one run's folder, epoch by epoch"
-    def __init__(self, output_dir, level, config, folder=None): self.output_dir, self.level, self.config, self.folder = output_dir, level, config, folder
+    "Writes one run's folder, epoch by epoch, and lets nobody else write there meanwhile"
+    def __init__(self, output_dir, level, config, folder=None):
+        self.output_dir, self.level, self.config, self.folder, self.lock = output_dir, level, config, folder, None
+        if folder: self.hold()
+
+    def hold(self):
+        "Lock the folder; what a killed writer left over goes"
+        self.lock = StoreLock(self.folder)
+        for tmp in self.folder.glob("*.tmp"): tmp.unlink()
+
+    def finished(self)->bool: return self.folder is not None and "result" in read_json(self.folder/"config.json") # by another process, before the lock was ours
+
+    def close(self):
+        if self.lock: self.lock.close()
 
     def __call__(self, trainer):
         "After an epoch: the best weights first, then the state to resume from, so that a crash between them repeats one epoch"
         if self.folder is None:
             self.folder = new_folder(self.output_dir, self.level)
+            self.hold()
             write_json(self.folder/"config.json", self.config)
         record = {k: v[-1] for k, v in trainer.history.items()}
         if trainer.best_epoch == trainer.epoch: save_checkpoint(trainer.adapter, self.folder/"best_model.pt", epoch=trainer.epoch, metrics=record)
@@ -397,14 +410,15 @@ class Run:
         result = dict(level=self.level, name=type(a).__name__, params=a.get_num_parameters(), loss=t["loss"], stream=t["stream"], epochs=trainer.epoch,
                       best_epoch=best, train_time_s=round(trainer.seconds, 2), **{k: v[best - 1] for k, v in h.items()})
         write_json(self.folder/"config.json", self.config | {"best_val_loss": h["val_loss"][best - 1], "result": result})
-        (self.folder/"last.pt").unlink(missing_ok=True)
         return read_result(self.folder)
 
 def read_result(folder)->dict:
-    "The result of a finished run: its numbers at the best epoch, its history and the paths of its files"
+    "The result of a finished run: its numbers at the best epoch, its history and the paths of its files; what only resuming needed goes"
     folder = Path(folder)
     result = read_json(folder/"config.json").get("result")
-    if not isinstance(result, dict): raise FeatsdError(f"{folder}: expected a finished run, found one that was interrupted; continue it with resume")
+    if isinstance(result, dict):
+        for left in (folder/"last.pt", folder/".lock", *folder.glob("*.tmp")): left.unlink(missing_ok=True)
+    else: raise FeatsdError(f"{folder}: expected a finished run, found one that was interrupted; continue it with resume")
     return result | dict(folder=str(folder), history=read_json(folder/"history.json"),
                          best_model=str(folder/"best_model.pt"), final_model=str(folder/"final_model.pt"))
 
@@ -434,12 +448,15 @@ def make_config(adapter, train, val, training, device)->dict:
 
 def run_training(trainer, run, progress):
     "Train from where the run's folder stands to the end; an interrupted run says how to go on"
-    if run.folder and (run.folder/"last.pt").exists(): trainer.load_state(run.folder/"last.pt")
-    try: trainer.fit(run, progress)
+    try:
+        if run.finished(): return read_result(run.folder)
+        if run.folder and (run.folder/"last.pt").exists(): trainer.load_state(run.folder/"last.pt")
+        trainer.fit(run, progress)
+        return run.finish(trainer)
     except KeyboardInterrupt:
         if run.folder: print(f"\n{run.folder}: interrupted after epoch {trainer.epoch}; the same command with --resume goes on", file=sys.stderr)
         raise
-    return run.finish(trainer)
+    finally: run.close()
 
 # %% ../nbs/02_train.ipynb #cell030
 def train_adapter(train_data,             # store folder, the study's .pt or chunk folder, or States

@@ -60,7 +60,7 @@ class StoreLock:
             if time.monotonic() < end: time.sleep(.05); continue
             holder = self._holder()
             self.file.close()
-            raise StoreError(f"{self.path}: expected no other writer, found process {holder.get('pid', '?')} holding the store; "
+            raise StoreError(f"{self.path}: expected no other writer, found process {holder.get('pid', '?')} holding it; "
                              "wait for it to end, or write to another folder")
     def _holder(self):
         self.file.seek(0)
