@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['featsd_extract', 'featsd_pocket_train', 'featsd_adapters', 'featsd_train', 'featsd_measure', 'featsd_timeline',
            'featsd_verify', 'featsd_convert', 'featsd_size', 'featsd_dataset', 'featsd_decode', 'featsd_compare',
-           'featsd_replay', 'featsd_demo', 'featsd_figures']
+           'featsd_replay', 'featsd_bench', 'featsd_demo', 'featsd_figures']
 
 # %% ../nbs/commands.ipynb #cell002
 from fastcore.script import Param, call_parse, store_true
@@ -359,6 +359,25 @@ def featsd_replay(
         except ValueError: raise FeatsdError(f"--{flag}: expected whole numbers with commas between, found {text!r}") from None
     if write_log: write_answers(write_log, read_log(answers, skip_bad))
     run_replay(answers, fit_fraction, timing, numbers(gammas, "gammas"), numbers(nodes, "nodes"), order, block, out, skip_bad)
+
+# %% ../nbs/commands.ipynb #cell015b
+@call_parse
+@command
+def featsd_bench(
+    quick:store_true=False, # small sizes, in under two minutes: shows that every row runs, its figures mean nothing
+    only:str="", # names, commas between: extraction,store,training,memory,metrics,decoding,speculation,adapters,startup
+    json:str=None, # also write machine, settings and rows to this file
+    out:str=None, # made-up stores lie in a folder in here while they are needed; default: the system's temporary folder
+    big_gb:float=8., # size of the made-up store that memory is measured on
+    threads:int=1, # of torch; the thread that reads ahead in training comes on top
+    seed:int=0, # of clips, training and made-up states
+):
+    "Every goal of speed beside what this machine measures: ratios of two ways to do the same work, timed in turns"
+    from featsd.bench import bench_report, run_bench
+    names = [n for n in only.split(",") if n] if only else None
+    result = run_bench(names, quick, out, big_gb, threads, seed, json, progress=True)
+    print(bench_report(result))
+    if any(r["verdict"] == "BROKEN" for r in result["rows"]): raise SystemExit(1)
 
 # %% ../nbs/commands.ipynb #cell016
 @call_parse

@@ -162,7 +162,7 @@ def demo(out="featsd_demo_out", # folder for everything
     write_report(out, result, pictures, print_metrics_report(best.metrics["draft_forced"], f"{best_name}, stream draft_forced", out=None))
     if figures: publish(figures, result, pictures)
     say("Verdict")
-    if progress: print(f"{result['table']}\n\n{result['decoding'].split(chr(10) * 2)[0]}\n\n{verdict}\n\nreport: {out/'report.html'}")
+    if progress: print(f"{result['table']}\n\n{compared.table(best_only=True)}\n\n{verdict}\n\nreport: {out/'report.html'}")
     return result
 
 # %% ../nbs/06_report.ipynb #cell008

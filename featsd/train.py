@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FEATURE_LOSSES', 'THRESHOLDS', 'STUDY', 'SMALL', 'SIZES', 'parse_loss', 'needs_head', 'blockwise_head_loss',
            'objective', 'align', 'token_hits', 'evaluate', 'seeded', 'cosine_lr', 'check_match', 'HiddenAdapterTrainer',
-           'level_defaults', 'parse_levels', 'one_level', 'new_adapter', 'open_data', 'fingerprint', 'describe_data',
-           'draw_history', 'save_curves', 'check_writable', 'new_folder', 'what_differs', 'find_run', 'Run',
-           'read_result', 'check_settings', 'choose_device', 'make_config', 'run_training', 'train_adapter',
+           'in_blocks', 'level_defaults', 'parse_levels', 'one_level', 'new_adapter', 'open_data', 'fingerprint',
+           'describe_data', 'draw_history', 'save_curves', 'check_writable', 'new_folder', 'what_differs', 'find_run',
+           'Run', 'read_result', 'check_settings', 'choose_device', 'make_config', 'run_training', 'train_adapter',
            'train_levels', 'comparison_table']
 
 # %% ../nbs/02_train.ipynb #cell002
@@ -169,6 +169,12 @@ class HiddenAdapterTrainer:
     def done(self): return self.epoch >= self.num_epochs or bool(self.patience and self.epoch - self.best_epoch >= self.patience)
 
 # %% ../nbs/02_train.ipynb #cell016
+def in_blocks(h_draft, mask, h_target, ids, block_bytes=2**23): # yields batches of the same kind
+    "On a CPU, rows in blocks that stay in its cache; sequences, and what lies on a GPU, in one piece"
+    step = max(1, block_bytes // (4 * max(h_draft.shape[-1], h_target.shape[-1])))
+    if mask is not None or h_draft.device.type != "cpu" or len(h_draft) <= step: yield h_draft, mask, h_target, ids
+    else: yield from zip(h_draft.split(step), [None] * len(h_draft), h_target.split(step), [None] * len(h_draft) if ids is None else ids.split(step), strict=False)
+
 def _train_epoch(self, epoch, # 1, 2, …
                  on_step=None, # called now and then with (positions since the last call, loss, cos)
                 )->dict: # lr, train_loss, train_cos_sim: means over positions while the weights moved
@@ -189,14 +195,16 @@ def _train_epoch(self, epoch, # 1, 2, …
     step = 0
     with seeded(self.seed + epoch, self.device):
         for step, (h_draft, mask, h_target, ids) in enumerate(self.train.epoch(self.seed + epoch), 1):  # noqa: B007
-            aligned = align(self.adapter, h_draft, mask)
-            loss = objective(self.terms, aligned, h_target, self.head, ids)
             self.optimizer.zero_grad()
-            loss.backward()
+            seen = 0.
+            for h, m, t, i in in_blocks(h_draft, mask, h_target, ids): # the gradient of a mean is the mean of the blocks' gradients
+                aligned = align(self.adapter, h, m)
+                loss, share = objective(self.terms, aligned, t, self.head, i), len(aligned) / len(h_target)
+                (loss * share).backward()
+                seen += share * torch.stack([loss.detach(), F.cosine_similarity(aligned.detach(), t, dim=-1).mean()])
             if self.grad_clip: nn.utils.clip_grad_norm_(self.adapter.parameters(), self.grad_clip)
             self.optimizer.step()
-            cos = F.cosine_similarity(aligned.detach(), h_target, dim=-1).mean()
-            pending.append((torch.stack([loss.detach(), cos]), len(aligned)))
+            pending.append((seen, len(h_target)))
             if len(pending) == 16: drain(step)
     if pending: drain(step)
     return dict(lr=lr, train_loss=sums[0] / sums[2], train_cos_sim=sums[1] / sums[2])

@@ -628,3 +628,39 @@ def test_index_is_a_summary_of_the_sidecars(store):
     before = (store/"index.json").read_bytes()
     (store/"index.json").unlink()
     assert rebuild_index(store)["pairs"] == TOTAL and (store/"index.json").read_bytes() == before
+
+
+# Memory that is used again, rows that are looked at once
+
+def test_a_batch_that_is_kept_never_changes(tmp_path):
+    from featsd.bench import made_up
+    states = made_up(tmp_path/"s", 40, 48, chunk_size=7)
+    for flat in (False, True):
+        for seed in (None, 1):
+            kept = [(b, b.h_draft.clone(), b.h_target.clone()) for b in states.batches("draft_free", 3, seed, flat=flat)]
+            assert all(torch.equal(b.h_draft, d) and torch.equal(b.h_target, t) for b, d, t in kept)
+    places = {b.h_target.data_ptr() for b in states.batches("draft_free", 3)}
+    assert len(places) < 14 # and one that is not kept gives its memory back
+
+
+def test_flat_batches_are_the_unmasked_rows(tmp_path):
+    from featsd.bench import made_up
+    states = made_up(tmp_path/"s", 40, 48, chunk_size=7)
+    for padded, flat in zip(*(states.batches("draft_free", 6, 5, flat=f) for f in (False, True)), strict=True):
+        assert padded.index == flat.index and torch.equal(padded.mask, flat.mask) and torch.equal(padded.ids, flat.ids)
+        assert torch.equal(padded.h_draft[padded.mask], flat.h_draft) and torch.equal(padded.h_target[padded.mask], flat.h_target)
+
+
+@pytest.mark.parametrize("flat", (False, True))
+def test_rows_that_are_not_finite_are_left_out_in_every_pass(tmp_path, flat, monkeypatch):
+    from featsd.bench import made_up
+    from featsd.data import chunk
+    monkeypatch.setattr(chunk, "not_finite", lambda *a: 0) # a writer that does not look
+    monkeypatch.setattr(chunk, "encode_rows", lambda h, dtype: {"": h.clone().index_fill_(0, torch.tensor([3]), float("inf"))})
+    states = made_up(tmp_path/"s", 12, 16, chunk_size=6)
+    total = sum(p.n_target for p in states.pairs)
+    for seed in (None, 0, None):
+        got = list(states.batches("draft_forced", 4, seed, flat=flat))
+        assert states.nan_rows == 2 and sum(int(b.mask.sum()) for b in got) == total - 2
+        for b in got: assert b.h_target.isfinite().all() and b.h_draft.isfinite().all()
+        if flat: assert sum(len(b.h_draft) for b in got) == total - 2

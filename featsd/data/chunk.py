@@ -308,7 +308,7 @@ class read_errors:
 class ChunkFile:
     "Rows, ids and margins of one chunk, mapped; shapes, types and offsets are checked against the sidecar when it is opened"
     def __init__(self, file, manifest:dict, at=None): # at: int [pairs+1, 2] first target and draft row of each pair, None: already checked
-        self.file, self.manifest = Path(file), manifest
+        self.file, self.manifest, self._mapped = Path(file), manifest, {}
         with read_errors(file): self.f = safe_open(file, "pt")
         if at is not None:
             with read_errors(file): self._check(at)
@@ -327,7 +327,10 @@ class ChunkFile:
             _check(np.array_equal(self.f.get_tensor(f"{side}_offsets").numpy(), at[:, i]), self.file, f"{side}_offsets disagree with the sidecar")
 
     def rows(self, stream, a, b): # [b-a, D] in the stored dtype, a view of the file; float32 for fp8
-        return decode_rows(self.f.get_slice(stream)[a:b], self.f.get_slice(stream + "_scale")[a:b] if self.manifest["dtype"] == "fp8" else None)
+        return decode_rows(self._map(stream)[a:b], self._map(stream + "_scale")[a:b] if self.manifest["dtype"] == "fp8" else None)
+    def _map(self, name): # the whole tensor, asked for once: a slice of it costs a tenth of a slice of the file
+        if name not in self._mapped: self._mapped[name] = self.f.get_tensor(name)
+        return self._mapped[name]
 
     def flat(self, name)->np.ndarray: # "target_ids", "draft_margins", …: a whole chunk's, ids as int64; None in a store without ids
         if not self.manifest.get("ids", True): return None

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['choose_stream', 'count_positions', 'state_bytes', 'Rows', 'check_finite', 'read_rows', 'flat_batches',
-           'sequence_batches', 'Feed']
+           'sequence_batches', 'ahead', 'Feed']
 
 # %% ../../nbs/data/17_feed.ipynb #cell002
+import queue
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,10 +50,10 @@ def read_rows(states, stream, device="cpu")->Rows:
     n, m = [states.length(i, stream) for i in range(len(states))], states.manifest
     rows = Rows(torch.empty(sum(n), m["draft_dim"]), torch.empty(sum(n), m["target_dim"]), torch.empty(sum(n), dtype=torch.int64),
                 torch.tensor([0, *n]).cumsum(0))
-    for b in states.batches(stream, batch_pairs=256):
+    for b in states.batches(stream, batch_pairs=64, flat=True):
         check_finite(states, stream)
         at = slice(rows.offsets[b.index[0]], rows.offsets[b.index[-1] + 1]) # in order: one run of rows
-        rows.h_draft[at], rows.h_target[at] = b.h_draft[b.mask], b.h_target[b.mask]
+        rows.h_draft[at], rows.h_target[at] = b.h_draft, b.h_target
         if b.ids is None: rows.ids = None
         if rows.ids is not None: rows.ids[at] = b.ids[b.mask]
     return Rows(*(x if x is None else x.to(device) for x in (rows.h_draft, rows.h_target, rows.ids, rows.offsets)))
@@ -81,6 +83,34 @@ def sequence_batches(rows, batch_pairs, rng=None): # yields (h_draft [B, T, D], 
         valid = at[mask]
         if len(valid): yield rows.h_draft[at], mask, rows.h_target[valid], None if rows.ids is None else rows.ids[valid]
 
+# %% ../../nbs/data/17_feed.ipynb #cell011a
+def ahead(items): # yields the same, in the same order
+    "A thread makes the next item while the caller works on this one; its errors are raised here"
+    ready, over = queue.Queue(1), threading.Event()
+    def put(*x):
+        while not over.is_set():
+            try: return ready.put(x, timeout=.1)
+            except queue.Full: pass # look whether the caller has left
+    def work():
+        try:
+            for x in items:
+                put(x, None)
+                if over.is_set(): return
+            put(None, StopIteration())
+        except BaseException as e: put(None, e)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            x, error = ready.get()
+            if isinstance(error, StopIteration): return
+            if error is not None: raise error
+            yield x
+    finally:
+        over.set()
+        thread.join()
+
+
 # %% ../../nbs/data/17_feed.ipynb #cell012
 class Feed:
     "Batches of one stream of a set of pairs, from memory if they fit there, else from disk"
@@ -97,12 +127,13 @@ class Feed:
         rng = None if seed is None else np.random.default_rng(seed)
         if self.rows and self.sequences: yield from sequence_batches(self.rows, self.batch_pairs, rng)
         elif self.rows: yield from flat_batches(self.rows, self.steps, rng)
-        else: yield from self._stream(seed)
+        else:
+            for batch in ahead(self._stream(seed)): yield tuple(x if x is None else x.to(self.device, non_blocking=True) for x in batch)
 
     def _stream(self, seed):
-        for b in self.states.batches(self.stream, self.batch_pairs, seed):
+        ready = Tensor.pin_memory if torch.device(self.device).type == "cuda" else lambda x: x # pinned, a copy to the GPU overlaps with its work
+        for b in self.states.batches(self.stream, self.batch_pairs, seed, flat=not self.sequences):
             check_finite(self.states, self.stream)
             if not b.mask.any(): continue
-            h_draft, mask, h_target = (x.to(self.device) for x in (b.h_draft, b.mask, b.h_target))
-            ids = None if b.ids is None else b.ids.to(self.device)[mask]
-            yield (h_draft, mask, h_target[mask], ids) if self.sequences else (h_draft[mask], None, h_target[mask], ids)
+            mask, h_target = (b.mask, b.h_target[b.mask]) if self.sequences else (None, b.h_target)
+            yield tuple(x if x is None else ready(x) for x in (b.h_draft, mask, h_target, None if b.ids is None else b.ids[b.mask]))

@@ -180,12 +180,13 @@ class Backbone:
 def _forward(self, cache, old, # [B, T] positions in the cache
              embeds, # [B, K, D] new
              new, # [B, K] positions of the new, -1 = padding
+             whole=False, # known to have no holes
             ): # states [B, K, D], positions [B, T+K]
     "One pass of the decoder over new columns; holes are masked"
     position = torch.cat([old, new], 1)
     T, K = old.shape[1], new.shape[1]
     mask = None
-    if bool((position < 0).any()):
+    if not whole and bool((position < 0).any()):
         columns = torch.arange(T + K, device=position.device)
         allowed = (position >= 0)[:, None, :] & (columns <= columns[T:, None]) # [B, K, T+K]
         allowed |= columns == columns[T:, None] # a padded query sees itself, so that no row is empty
@@ -209,6 +210,10 @@ def _positions(lengths, K, start): # [B, K]: start, start+1, … for valid colum
 def prefill(self, prefixes, # list of B `Prefix`
            )->State:
     "Run prompts through the decoder; what the questions of a clip share runs once per clip"
+    if len(prefixes) == 1: # nothing to share: one forward instead of two
+        x, cache = prefixes[0].embeds, DynamicCache()
+        h, position = _forward(self, cache, torch.zeros(1, 0, dtype=torch.long, device=x.device), x, torch.arange(x.shape[1], device=x.device)[None], True)
+        return State(cache, position, h[:, -1])
     keys = [(p.clip_id, p.shared) for p in prefixes]
     clips = list(dict.fromkeys(keys))
     first = [prefixes[keys.index(c)] for c in clips]
@@ -226,7 +231,11 @@ def step(self, state:State, ids, # [B, K] int64, K ≥ 1
          lengths=None, # [B] valid new tokens per row; None = all K
         )->Tensor: # [B, K, D] states; row k predicts the token after ids[:, k]
     "Append K tokens to each row in one forward"
-    B, K = ids.shape
+    (B, K), n = ids.shape, state.position.shape[1]
+    if B == 1 and lengths is None and int(state.position[0, -1]) == n - 1: # one row without holes, as in decoding
+        h, state.position = _forward(self, state.cache, state.position, self.embed(ids), torch.arange(n, n + K, device=ids.device)[None], True)
+        state.h = h[:, -1]
+        return h
     lengths = torch.full((B,), K, device=ids.device) if lengths is None else lengths
     new = _positions(lengths, K, state.lengths)
     h, state.position = _forward(self, state.cache, state.position, self.embed(ids), new)
