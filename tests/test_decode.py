@@ -298,10 +298,10 @@ def able(pair, kit, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def thousand(pair):
-    "1,000 prompts in blocks of 100, with the target's greedy answers"
+    "1,000 prompts in blocks of 200, with the target's greedy answers, whole"
     many, out = open_clips("pocket", "test", 100), []
-    for at in range(0, 1000, 100):
-        block = [encode_prompt(pair, many[i // 10], many.questions[i % 10]) for i in range(at, at + 100)]
+    for at in range(0, 1000, 200):
+        block = [encode_prompt(pair, many[i // 10], many.questions[i % 10]) for i in range(at, at + 200)]
         out.append((block, [a.ids.tolist() for a in pair.target.generate([p.target for p in block])]))
     return out
 
@@ -309,15 +309,15 @@ def thousand(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*NEEDS, "lookup+gated"])
 def test_a_thousand_prompts(name, pair, able, thousand):
-    "1,000 prompts × γ 1..8 in batches; the first ten one by one as well"
+    "1,000 prompts × γ 1..8 in batches, the first 20 tokens of each answer; the first ten prompts one by one as well, to their end"
     torch.set_num_threads(1)
     stood = fell = 0
     for k, (block, want) in enumerate(thousand):
         for gamma in range(1, 9):
             drafters = [OracleDraft(pair.target, answer=w) if name == "oracle" else AdversarialDraft(pair.target, answer=w) if name == "adversarial"
                         else make_drafter(name, pair, **able) for w in want]
-            done = speculative_decode_batch(pair.target, drafters, block, gamma)
-            assert [d.ids for d in done] == want
+            done = speculative_decode_batch(pair.target, drafters, block, gamma, max_new_tokens=20)
+            assert [d.ids for d in done] == [w[:20] for w in want]
             stood, fell = stood + sum(sum(d.accepted) for d in done), fell + sum(sum(d.drafted) - sum(d.accepted) for d in done)
             if k == 0: assert [speculative_decode(pair.target, d, p, gamma).ids for d, p in zip(drafters[:10], block)] == want[:10]
     if name in ("aligned", "fused", "gated", "ngram", "template", "lookup+gated"): assert stood > 20_000 and fell > 20_000 # both paths were walked
