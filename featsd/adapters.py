@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import os
+import pickletools
 import re
 import statistics
 import time
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
 # %% ../nbs/00_adapters.ipynb #cell006
 def feature_loss(aligned:Tensor,      # [n, D] adapter outputs, valid positions only
@@ -351,6 +352,8 @@ def save_checkpoint(adapter,          # an Adapter
 class StudyConfig:
     "Inert stand-in for the config object inside the study's L1 checkpoints"
 
+_PLAIN = re.compile(r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor|tensor_v2|parameter|sparse_tensor|meta_tensor_no_storage)|torch\.serialization\._get_layout|torch(\.storage)?\.\w+Storage|"
+                    r"torch\.(Size|device|float\w+|bfloat16|int\d+|uint8|bool)") # what tensors and containers name: nothing that takes memory beyond the file's bytes
 _STUDY_CONFIG = re.compile(r"(\w+\.)*(hidden_adapter|__main__)\.HiddenAdapterConfig")
 
 def read_checkpoint(path) -> dict:
@@ -358,12 +361,13 @@ def read_checkpoint(path) -> dict:
     path, want = Path(path), "expected an adapter checkpoint (tensors and plain values)"
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, {want}; give the path of a best_model.pt")
     try:
-        with zipfile.ZipFile(path) as z: packed = sum(i.file_size for i in z.infolist())
-        if packed > path.stat().st_size: raise ValueError("compressed entries")
-        unsafe = get_unsafe_globals_in_checkpoint(str(path))
-        if bad := sorted(g for g in unsafe if not _STUDY_CONFIG.fullmatch(g)):
+        with zipfile.ZipFile(path) as z:
+            if sum(i.file_size for i in z.infolist()) > path.stat().st_size: raise ValueError("compressed entries")
+            pickles = [z.read(i) for i in z.infolist() if i.filename.endswith(".pkl")]
+        names = {str(arg).replace(" ", ".") for p in pickles for op, arg, _ in pickletools.genops(p) if op.name in ("GLOBAL", "INST")}
+        if bad := sorted(g for g in names if not _PLAIN.fullmatch(g) and not _STUDY_CONFIG.fullmatch(g)):
             raise ValueError(f"a pickle that names {', '.join(bad)[:80]}; nothing of it was run")
-        with safe_globals([(StudyConfig, g) for g in unsafe]):
+        with safe_globals([(StudyConfig, g) for g in names if _STUDY_CONFIG.fullmatch(g)]):
             ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:                                               # whatever a broken file makes the readers raise
         raise ValueError(f"{path}: {want}, found {' '.join(str(e).split())[:160] or type(e).__name__}; use a file of save_checkpoint") from None

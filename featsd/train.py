@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from datetime import datetime
 from hashlib import sha256
@@ -425,7 +425,8 @@ def read_result(folder)->dict:
     folder = Path(folder)
     result = read_json(folder/"config.json").get("result")
     if isinstance(result, dict):
-        for left in (folder/"last.pt", folder/".lock", *folder.glob("*.tmp")): left.unlink(missing_ok=True)
+        with suppress(OSError): # it may be an archive that cannot be written
+            for left in (folder/"last.pt", folder/".lock", *folder.glob("*.tmp")): left.unlink(missing_ok=True)
     else: raise FeatsdError(f"{folder}: expected a finished run, found one that was interrupted; continue it with resume")
     return result | dict(folder=str(folder), history=read_json(folder/"history.json"),
                          best_model=str(folder/"best_model.pt"), final_model=str(folder/"final_model.pt"))

@@ -381,7 +381,7 @@ BROKEN = {
     "cut short": (lambda p: (p/"model.safetensors").write_bytes(b"\x10"), "not a safetensors file"),
     "shard gone": (shard_gone, "model-00002-of-00003.safetensors: shard named in"),
     "index leaves the folder": (escaping_index, "expected a file of this folder"),
-    "malicious pickle": (malicious, "expected a dictionary of tensors and nothing else"),
+    "malicious pickle": (malicious, "refused by the restricted reader"),
     "language model only": (weights(without("model.visual_projector")), "not an EventGPT checkpoint"),
     "a tensor missing": (weights(without("model.layers.1.mlp.up_proj")), "1 tensors missing, such as lm.model.layers.1.mlp.up_proj.weight"),
     "a tensor left over": (weights(lambda t: {**t, "model.event_qformer.weight": torch.zeros(2)}), "1 tensors left over"),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import FeatsdError, atomic_write
+from ..core import FeatsdError, atomic_write, parse_json
 from .ngram import MAX_ID, NGramTable, id_lists
 
 # %% ../../nbs/data/13_answers.ipynb #cell005
@@ -88,8 +88,8 @@ def _record(record, keys, max_tokens):
 # %% ../../nbs/data/13_answers.ipynb #cell011
 def _json(text):
     "JSON or a ValueError; nesting that exhausts the parser and numbers without end are errors too"
-    try: return json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f"expected JSON, found something else ({str(e)[:80]})") from None
+    try: return parse_json(text)
+    except ValueError as e: raise ValueError(f"expected JSON, found something else ({str(e)[:80]})") from None
 
 def _lines(f, max_record):
     "(where, record or ValueError) for every line of a JSONL file that is not blank"

@@ -126,6 +126,7 @@ def same_settings(old:dict, new:dict, file):
 def read_manifest(path)->dict:
     "The checked manifest of the store at `path`"
     file = Path(path)/"manifest.json"
+    if not inside(path, file): raise StoreError(f"{file}: expected a file of the store, found a link that leaves it; copy it into the store")
     try: m = read_json(file, max_bytes=2**24)
     except (ValueError, OSError) as e: raise StoreError(str(e)) from None
     if not isinstance(m, dict): raise StoreError(f"{file}: expected a JSON object, found {type(m).__name__}; make the store again")

@@ -9,7 +9,6 @@ __all__ = ['MAX_FRAMES', 'VIDEOS', 'STUDY_QUESTIONS', 'LISTING', 'MAX_CLIP_EVENT
            'FolderClips', 'check_built', 'open_clips', 'split_clips']
 
 # %% ../../nbs/data/11_clips.ipynb #cell002
-import json
 import re
 import struct
 import zlib
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..core import FeatsdError, read_json, sha256_file
+from ..core import FeatsdError, parse_json, read_json, sha256_file
 from .events import MAX_CANVAS, Events, read_events
 
 # %% ../../nbs/data/11_clips.ipynb #cell004
@@ -148,8 +147,8 @@ STUDY_QUESTIONS = ( # the ten most frequent questions of the founding study's DS
 def _question_rows(path, text): # [(count, question)]
     "Both forms; which one it is shows in the first character"
     if text.lstrip()[:1] in ("[", "{"):
-        try: rows = json.loads(text)
-        except (ValueError, RecursionError) as e: raise FeatsdError(f"{path}: expected JSON ({e}); mend the file") from None
+        try: rows = parse_json(text)
+        except ValueError as e: raise FeatsdError(f"{path}: expected JSON ({e}); mend the file") from None
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows): raise FeatsdError(f"{path}: expected a JSON list of {{question, count}}")
         return [(r.get("count", 0), r.get("question")) for r in rows]
     rows = [(i, *line.partition("\t")) for i, line in enumerate(text.splitlines(), 1) if line.strip()]

@@ -25,7 +25,7 @@ import numpy as np
 from ..core import FeatsdError, lib_versions, read_json, sync_folder, write_json
 from .clips import (LISTING, VIDEOS, Clip, choose_questions, duration_us, frame_files, frame_indices, need_av, read_frame,
                                video_frames)
-from .events import Events, log_luminance, read_events, render_events, simulate_events
+from .events import Events, h5_check, h5_offset, log_luminance, read_events, render_events, simulate_events
 
 # %% ../../nbs/data/18_dataset.ipynb #cell005
 def fit_frame(frame, # [H, W, 3] uint8
@@ -137,9 +137,10 @@ def h5_span(path): # absolute µs of the first and last event, t_offset
             t = f.get("events/t")
             if not isinstance(t, h5py.Dataset) or t.ndim != 1 or t.dtype.kind not in "iu" or not len(t): raise FeatsdError(f"{path}: no events/t; expected DSEC's layout")
             if t.external or t.is_virtual or t.file.filename != f.filename: raise FeatsdError(f"{path}: a column that lies outside the file; expected all inside")
-            offset = int(f["t_offset"][()]) if "t_offset" in f else 0
+            h5_check(t, 2)
+            offset = h5_offset(f)
             return int(t[0]) + offset, int(t[-1]) + offset, offset
-    except FeatsdError: raise
+    except FeatsdError as e: raise e if str(path) in str(e) else FeatsdError(f"{path}: {e}") from None
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise FeatsdError(f"{path}: not an HDF5 file of events ({' '.join(str(e).split())[:120]}); pip install hdf5plugin, or get the file again") from None
 

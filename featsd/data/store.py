@@ -57,7 +57,7 @@ class StoreLock:
     "`path/.lock` held by this process, or shared by all processes that name the same `group`; a SIGKILL frees it"
     def __init__(self, path, group=None, wait_s=10.):
         self.path, self.group = Path(path), group
-        self.file = open(self.path/".lock", "a+", encoding="utf-8")
+        self.file = open(self.path/".lock", "a+", encoding="utf-8", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW, 0o666)) # it is emptied: never another's file
         end = time.monotonic() + (wait_s if group else 0)
         while not self._take():
             if time.monotonic() < end: time.sleep(.05); continue
@@ -130,6 +130,7 @@ class StoreWriter:
 
     def _prepare(self, new):
         "Under the lock: clear left-overs, compare manifests or write the first one"
+        if not inside(self.path, self.path/"chunks"): raise StoreError(f"{self.path}/chunks: expected a folder of the store, found a link that leaves it; link the whole store instead")
         if self.lock.first:
             for tmp in (*self.path.glob("*.tmp"), *(self.path/"chunks").glob("*.tmp")): tmp.unlink(missing_ok=True)
         file, used = self.path/"manifest.json", any((self.path/"chunks").iterdir())

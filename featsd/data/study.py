@@ -17,30 +17,23 @@ import re
 import shutil
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..core import atomic_write, read_json, write_json
+from ..core import FeatsdError, atomic_write, read_json, write_json
 from .chunk import DTYPES, PairStates, StoreError, chunk_file, chunk_starts, decode_rows, disk_errors, encode_rows, inside, read_sidecar
+from .plain import check_pt
 from .store import PairInfo, StoreLock, StoreWriter, check_hash, open_states, read_head
 
 # %% ../../nbs/data/15_study.ipynb #cell005
 def load_pt(path, max_pickle=2**28):
     "The object in a `torch.save` file: plain containers and mapped tensors only; anything else is refused unrun"
     path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as z: entries = z.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as e:
-        raise StoreError(f"{path}: expected a file of torch.save (a zip), found another ({e}); save it again with a torch of today") from None
-    for e in entries:
-        if e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size or e.file_size > path.stat().st_size:
-            raise StoreError(f"{path}: expected stored entries, found {e.filename!r} compressed from {e.file_size} bytes; torch.save does not do that, refused")
-        if e.filename.endswith("/data.pkl") and e.file_size > max_pickle:
-            raise StoreError(f"{path}: expected a pickle of at most {max_pickle} bytes, found {e.file_size}; refused")
+    try: check_pt(path, max_pickle)
+    except (FeatsdError, OSError) as e: raise StoreError(str(e)) from None
     try: return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e: # whatever a broken or hostile pickle provokes in the reader
         asks = re.search(r"GLOBAL (\S+)", str(e))

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..core import FeatsdError, atomic_write, read_json, sha256_file
-from .checkpoint import local_folder, path_options
+from ..core import FeatsdError, atomic_write, one_line, sha256_file
+from .checkpoint import local_folder, path_options, read_config
 
 # %% ../../nbs/models/20_backbone.ipynb #cell005
 class Head(nn.Module):
@@ -84,7 +84,7 @@ def load_head(path)->Head:
         with safe_open(path, "pt") as f:
             eps, norm, weight = float(f.metadata()["eps"]), f.get_tensor("norm.weight"), f.get_tensor("lm_head.weight")
     except Exception as e: raise FeatsdError(f"{path}: expected a head (norm.weight, lm_head.weight), found {e}") from None
-    if norm.ndim != 1 or weight.ndim != 2 or weight.shape[1] != norm.shape[0]:
+    if norm.ndim != 1 or weight.ndim != 2 or weight.shape[1] != norm.shape[0] or not weight.numel() or not (norm.is_floating_point() and weight.is_floating_point() and 0 < eps < 1):
         raise FeatsdError(f"{path}: norm {tuple(norm.shape)} and lm_head {tuple(weight.shape)} do not fit; make the file again")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -369,15 +369,18 @@ def load_backbone(path, # folder or hub name, with options behind a "?": PATH?fr
     "The model in a checkpoint, by the `model_type` of its config.json"
     path, more = path_options(path)
     folder = local_folder(path)
-    kind = read_json(folder/"config.json").get("model_type")
-    if kind not in LOADERS: raise FeatsdError(f"{path}/config.json: model_type {kind!r}, expected one of {', '.join(LOADERS)}")
+    kind = read_config(folder).get("model_type")
+    if not isinstance(kind, str) or kind not in LOADERS: raise FeatsdError(f"{path}/config.json: model_type {kind!r}, expected one of {', '.join(LOADERS)}")
     module, name = LOADERS[kind].split(":")
     cls, options = getattr(importlib.import_module(module), name), {**more, **options}
     known = [k for k in inspect.signature(cls.from_pretrained).parameters if k not in ("cls", "path", "folder", "quant", "name")]
     if wrong := options.keys() - set(known):
         raise FeatsdError(f"{path}: option {min(wrong)!r}, a model of kind {kind!r} takes {', '.join(known) or 'none'}")
     if "name" in inspect.signature(cls.from_pretrained).parameters: options["name"] = str(path).rstrip("/").split("/")[-1]
-    return cls.from_pretrained(folder, quant=quant, **options)
+    try: return cls.from_pretrained(folder, quant=quant, **options)
+    except (FeatsdError, FileNotFoundError): raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, SafetensorError) as e: # of the libraries, on files that are not whole
+        raise FeatsdError(f"{path}: cannot be loaded ({type(e).__name__}: {one_line(e, 300)}); fetch the checkpoint again") from e
 
 def print_answer(cls, path, # checkpoint of that class; options behind a "?"
                  look, # from the model to the Clip that is asked about

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SENSORS', 'LAYERS', 'ATTRIBUTES', 'MALLOC', 'VisionTower', 'sensor_images', 'Pocket', 'prompt_ids', 'make_tokenizer',
-           'make_pocket', 'save_pocket', 'load_pocket', 'load', 'lane_labels', 'record', 'attribute_loss', 'optimiser',
-           'train_tower', 'look', 'lesson', 'batch_of', 'train_words', 'word_classes', 'token_accuracy', 'Bar',
-           'train_pocket_model', 'train_pocket']
+           'make_pocket', 'save_pocket', 'load_pocket', 'check_shapes', 'load', 'lane_labels', 'record',
+           'attribute_loss', 'optimiser', 'train_tower', 'look', 'lesson', 'batch_of', 'train_words', 'word_classes',
+           'token_accuracy', 'Bar', 'train_pocket_model', 'train_pocket']
 
 # %% ../../nbs/models/21_pocket.ipynb #cell002
 import os
@@ -27,7 +27,7 @@ from ..data.events import render_events
 from ..data.world import (CANVAS, COLORS, DIGITS, FRAMES, LANES, QUESTIONS, REGIONS, SIZES, VERBS, PocketClips, draft_words,
                                target_words, twin, word_list)
 from .backbone import Backbone, folder_hash, quant_kwargs
-from .checkpoint import placement
+from .checkpoint import placement, read_config, tensor_shapes
 
 # %% ../../nbs/models/21_pocket.ipynb #cell005
 class VisionTower(nn.Module):
@@ -128,14 +128,16 @@ def load_pocket(cls, folder, quant="fp32",
     from transformers.utils import logging
     where = placement(device)
     folder, kwargs = Path(folder), quant_kwargs(quant)
-    config = read_json(folder/"config.json")
+    config = read_config(folder)
     sensor = config.pop("sensor", None)
-    if sensor not in SENSORS: raise FeatsdError(f"{folder}/config.json: sensor {sensor!r}, expected one of {', '.join(SENSORS)}")
-    name = config.pop("name")
+    if not isinstance(sensor, str) or sensor not in SENSORS or "quantization_config" in config: raise FeatsdError(f"{folder}/config.json: sensor {sensor!r}, expected one of {', '.join(SENSORS)}")
+    name = str(config.pop("name", folder.name))
+    config = LlamaConfig(**{**config, "model_type": "llama"})
+    check_shapes(folder, config)
     level = logging.get_verbosity()
     logging.set_verbosity_error() # the visual keys are ours to read, not unexpected
     logging.disable_progress_bar()
-    try: lm = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**{**config, "model_type": "llama"}), **({"device_map": where} if device != "cpu" else {}), **kwargs)
+    try: lm = LlamaForCausalLM.from_pretrained(folder, config=config, **({"device_map": where} if device != "cpu" else {}), **kwargs)
     finally: logging.set_verbosity(level)
     tower, projector = VisionTower(SENSORS[sensor]), nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, lm.config.hidden_size))
     try:
@@ -147,6 +149,13 @@ def load_pocket(cls, folder, quant="fp32",
     tower, projector = tower.to(lm.device), projector.to(lm.device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return cls(lm, tower, projector, tokenizer, sensor, name, folder_hash(folder), quant)
+
+def check_shapes(folder, config): # raises
+    "Every tensor of the language model there and of the shape that config.json says, before memory is taken for it"
+    found = tensor_shapes(folder)
+    with torch.device("meta"): wanted = {k: tuple(v.shape) for k, v in LlamaForCausalLM(config).state_dict().items()}
+    for k, shape in wanted.items():
+        if found.get(k) != shape: raise FeatsdError(f"{folder}/model.safetensors: {k} of shape {found.get(k)}, expected {shape} as config.json says; fetch both again")
 
 Pocket.save_pretrained, Pocket.from_pretrained = save_pocket, classmethod(load_pocket)
 
