@@ -43,14 +43,9 @@ def pair_states(pair, # Pair
     target, draft = pair.target, pair.draft
     heard = [p for c in clips for p in target.encode_all(c, questions)]
     said = [p for c in clips for p in draft.encode_all(c, questions)]
-    answers, guesses = target.generate(heard, max_new_tokens), draft.generate(said, max_new_tokens)
-    ids, own = [a.ids for a in answers], [a.ids for a in guesses]
-    streams = {"target": target.forced(heard, ids)}
-    state = draft.prefill(said)
-    lengths, first = state.lengths, state.h
-    streams["draft_free"] = draft.read(state, own)
-    draft.rollback(state, lengths, first)
-    streams["draft_forced"] = draft.read(state, ids)
+    answers, guesses = target.generate(heard, max_new_tokens, states=True), draft.generate(said, max_new_tokens, states=True)
+    ids = [a.ids for a in answers]
+    streams = {"target": [a.states for a in answers], "draft_free": [g.states for g in guesses], "draft_forced": draft.forced(said, ids)}
     if wrong_clips is not None:
         streams["draft_wrong"] = draft.forced([p for c in wrong_clips for p in draft.encode_all(c, questions)], ids)
     out = []

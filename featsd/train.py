@@ -168,13 +168,14 @@ class HiddenAdapterTrainer:
     @property
     def done(self): return self.epoch >= self.num_epochs or bool(self.patience and self.epoch - self.best_epoch >= self.patience)
 
-# %% ../nbs/02_train.ipynb #cell016
-def in_blocks(h_draft, mask, h_target, ids, block_bytes=2**23): # yields batches of the same kind
+# %% ../nbs/02_train.ipynb #cell015b
+def in_blocks(h_draft, mask, h_target, ids, block_bytes=2**22): # yields batches of the same kind
     "On a CPU, rows in blocks that stay in its cache; sequences, and what lies on a GPU, in one piece"
     step = max(1, block_bytes // (4 * max(h_draft.shape[-1], h_target.shape[-1])))
     if mask is not None or h_draft.device.type != "cpu" or len(h_draft) <= step: yield h_draft, mask, h_target, ids
     else: yield from zip(h_draft.split(step), [None] * len(h_draft), h_target.split(step), [None] * len(h_draft) if ids is None else ids.split(step), strict=False)
 
+# %% ../nbs/02_train.ipynb #cell016
 def _train_epoch(self, epoch, # 1, 2, …
                  on_step=None, # called now and then with (positions since the last call, loss, cos)
                 )->dict: # lr, train_loss, train_cos_sim: means over positions while the weights moved

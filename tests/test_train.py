@@ -518,3 +518,21 @@ def test_command(store, tmp_path):
     for args, says in ((["--train_data", tmp_path/"absent"], "absent"), ([], "--train_data"), (["--train_data", store, "--adapter_level", "7"], "adapter level '7'")):
         bad = featsd_train(tmp_path, *args, "--output_dir", tmp_path/"bad")
         assert bad.returncode == 2 and says in bad.stderr and bad.stderr.count("\n") == 1 and not (tmp_path/"bad").exists()
+
+
+def test_a_step_in_blocks_is_the_step_of_the_whole_batch(monkeypatch):
+    "Rows taken block by block on a CPU give the same loss, cosine and weights"
+    import featsd.train as T
+    def trained(block_bytes):
+        monkeypatch.setattr(T.in_blocks, "__defaults__", (block_bytes,))
+        h, t = (torch.randn(70, 16, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+        torch.manual_seed(0)
+        trainer = T.HiddenAdapterTrainer.__new__(T.HiddenAdapterTrainer)
+        adapter = T.create_adapter(1, 16, bottleneck_dim=8, dropout=0.)
+        feed = type("F", (), {"epoch": lambda self, seed: iter([(h, None, t, None)] * 3)})()
+        vars(trainer).update(adapter=adapter, train=feed, terms=T.parse_loss("mse_cos"), head=None, lr=1e-2, num_epochs=5, seed=0, device="cpu", grad_clip=1.,
+                             optimizer=torch.optim.SGD(adapter.parameters(), lr=1e-2))
+        return trainer.train_epoch(1), torch.cat([p.detach().flatten() for p in adapter.parameters()])
+    (a, w), (b, v) = trained(2**22), trained(16 * 64)
+    assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-6) and a["train_cos_sim"] == pytest.approx(b["train_cos_sim"], rel=1e-5)
+    assert torch.allclose(w, v, atol=1e-6) and not torch.equal(w, v)

@@ -121,6 +121,7 @@ class Answer:
     "One greedy answer"
     ids: Tensor # [n] int64, the end token included where it was reached
     margins: Tensor # [n] float32, logit of the chosen token minus that of the runner-up
+    states: Tensor = None # [n, D] the states that chose them, where they were asked for
 
 # %% ../../nbs/models/20_backbone.ipynb #cell012
 class Backbone:
@@ -266,22 +267,24 @@ Backbone.prefill, Backbone.step, Backbone.rollback, Backbone.select = prefill, s
 # %% ../../nbs/models/20_backbone.ipynb #cell016
 @torch.no_grad()
 def generate(self, prefixes, # list of B `Prefix`
-             max_new_tokens=50)->list: # B `Answer`s
+             max_new_tokens=50, states=False)->list: # B `Answer`s
     "Greedy answers; rows that reach the end token leave the batch"
     state, alive = self.prefill(prefixes), torch.arange(len(prefixes))
-    ids, margins = [[] for _ in prefixes], [[] for _ in prefixes]
+    ids, margins, kept = ([[] for _ in prefixes] for _ in range(3))
     for i in range(max_new_tokens):
         top = self.head.logits(state.h).topk(2, -1) # values, indices [B, 2]
         for row, token, gap in zip(alive.tolist(), top.indices[:, 0].tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()):
             ids[row].append(token)
             margins[row].append(gap)
+        if states:
+            for row, h in zip(alive.tolist(), state.h): kept[row].append(h)
         going = (top.indices[:, 0] != self.eos_id).nonzero()[:, 0]
         if len(going) == 0 or i == max_new_tokens - 1: break
         if len(going) < len(alive):
             self.select(state, going)
             alive = alive[going.cpu()]
         self.step(state, top.indices[going, :1])
-    return [Answer(torch.tensor(a), torch.tensor(m)) for a, m in zip(ids, margins)]
+    return [Answer(torch.tensor(a), torch.tensor(m), torch.stack(h) if states else None) for a, m, h in zip(ids, margins, kept)]
 
 @torch.no_grad()
 def read(self, state:State, # after `prefill`; the answers are appended to it
