@@ -40,11 +40,15 @@ class TimingConfig:
     def __post_init__(self):
         for k, v in vars(self).items():
             if not k.endswith("_ms"): continue
-            low = 0 if k in ("adapter_ms", "head_ms", "overhead_ms") else 5e-324
-            if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) or v < low:
+            low = 0 if k in ("adapter_ms", "head_ms", "overhead_ms") else 1e-9
+            if isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v < 1e12:
                 raise FeatsdError(f"TimingConfig.{k}: {v!r}, expected milliseconds {'≥' if low == 0 else '>'} 0; measure it again")
+        number = lambda x: isinstance(x, (int, float))
+        def fits(k, v): return isinstance(v, dict) and all(map(number, v.values())) if k == "medians" else isinstance(v, (list, tuple)) and len(v) == 2 and all(map(number, v))
+        if not isinstance(self.verify, dict) or not isinstance(self.spread, dict) or not all(fits(k, v) for k, v in self.spread.items()):
+            raise FeatsdError(f"TimingConfig: verify {self.verify!r}, spread {self.spread!r}, expected {{K: v}} and {{name: (low, high)}}; measure it again")
         self.verify = {int(k): float(v) for k, v in self.verify.items()}
-        if any(k < 1 or not v > 0 for k, v in self.verify.items()):
+        if any(k < 1 or not 0 < v < 1e9 for k, v in self.verify.items()):
             raise FeatsdError(f"TimingConfig.verify: {self.verify}, expected token counts ≥ 1 and ratios > 0; measure it again")
 
     @property

@@ -249,7 +249,7 @@ def timing_report(t:TimingConfig)->str:
     label, m = "measured" if t.measured else "assumed", t.spread.get("medians", {})
     rows = [("draft prefill, vision included", t.draft_prefill_ms, None), ("draft token", t.draft_token_ms, "draft_token"), ("target prefill, vision included", t.target_prefill_ms, None),
             ("target token, head included", t.target_token_ms, "verify_1"), ("adapter", t.adapter_ms, "adapter"), ("target's head on a draft", t.head_ms, "head"), ("rollback", t.overhead_ms, "rollback")]
-    for at, side in ((3, "target"), (1, "draft")): rows[at:at] = [(f"  of it {w}", m[f"{side}_{w}"], f"{side}_{w}") for w in ("vision", "prompt") if m]
+    for at, side in ((3, "target"), (1, "draft")): rows[at:at] = [(f"  of it {w}", m[f"{side}_{w}"], f"{side}_{w}") for w in ("vision", "prompt") if f"{side}_{w}" in m]
     out = [f"{t.source}"]
     for name, v, key in rows: out.append(f"  {name:34} {v:9.3f} ms" + (f"  [{t.spread[key][0]:.3f}, {t.spread[key][1]:.3f}]" if key in t.spread else "") + f"  {label}")
     out.append(f"  c = {t.c:.3f}" + "".join(f"  v({k}) = {v:.2f}" for k, v in sorted(t.verify.items())))
@@ -313,10 +313,16 @@ def read_timing(path)->TimingConfig:
 def curves_of(metrics:dict, # acceptance_metrics.json
               where="metrics")->tuple: # {γ: curve} of the forced stream, curve of the free stream's first block or None
     "What a plan needs of a measurement"
-    streams = metrics.get("streams") or {"draft_forced": metrics}
-    forced, free = streams.get("draft_forced", metrics), streams.get("draft_free", {})
-    if "cycle_prefix" not in forced: raise FeatsdError(f"{where}: no token agreement in it (cycle_prefix); measure a store that holds the target's head")
-    return {int(g): v for g, v in forced["cycle_prefix"].items()}, (free.get("curves_token") or {}).get("prefix")
+    try:
+        streams = metrics.get("streams") or {"draft_forced": metrics}
+        forced, free = streams.get("draft_forced", metrics), streams.get("draft_free", {})
+        if "cycle_prefix" not in forced: raise FeatsdError(f"{where}: no token agreement in it (cycle_prefix); measure a store that holds the target's head")
+        by, first = {int(g): v for g, v in forced["cycle_prefix"].items()}, (free.get("curves_token") or {}).get("prefix")
+        for curve in (*by.values(), first or []): [float(p or 0.) for p in curve]
+        if not by or min(by) < 1 or max(by) > 10_000: raise ValueError(f"γ of {sorted(by)[:3]}")
+    except FeatsdError: raise
+    except (AttributeError, TypeError, ValueError, OverflowError) as e: raise FeatsdError(f"{where}: expected acceptance_metrics.json, found something else ({e}); measure again") from None
+    return by, first
 
 def run_timeline(output_dir="timeline", # timing.json, plan.json, stage_timeline.png go here
                  pair=None, clips=(), questions=(), adapter=None, runs=5, # what to measure, or …

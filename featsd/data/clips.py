@@ -96,6 +96,7 @@ def _video(path):
         with open(path, "rb") as f, av.open(f, format=VIDEOS[path.suffix.lower()]) as container:
             if not container.streams.video: raise FeatsdError(f"{path}: no video stream; expected one")
             stream = container.streams.video[0]
+            if stream.codec_context is None: raise FeatsdError(f"{path}: a video of unknown coding; make it again")
             w, h = stream.codec_context.width, stream.codec_context.height
             if w * h > MAX_CANVAS: raise FeatsdError(f"{path}: {w}x{h} pixels, expected at most {MAX_CANVAS}; scale it down")
             yield container, stream

@@ -7,6 +7,7 @@ __all__ = ['MAX_LOG', 'MAX_CANVAS', 'Events', 'simulate_events', 'log_luminance'
            'h5_offset', 'read_events', 'save_events', 'windows', 'count_image', 'voxel_grid', 'time_surface']
 
 # %% ../../nbs/data/10_events.ipynb #cell002
+import itertools
 import math
 import warnings
 import zipfile
@@ -209,23 +210,26 @@ def _npz(path, max_events):
     return out
 
 # %% ../../nbs/data/10_events.ipynb #cell031
-def _lines(f, longest=2**20):
-    "Lines of a text file, none so long that it fills the memory"
-    while line := f.readline(longest):
+def _lines(f, max_events, longest=2**20):
+    "Lines of a text file, none so long and not so many that they fill the memory; `max_rows` of loadtxt would take it beforehand"
+    for n in itertools.count():
+        line = f.readline(longest)
         if len(line) == longest: raise FeatsdError(f"a line of {longest} characters and more; expected one event per line")
+        if n > max_events + 10_000: raise FeatsdError(f"{n} lines and more, expected at most {max_events} events; give a larger max_events")
+        if not line: return
         yield line
 
 def _text(path, max_events):
     "Columns of a text file: blanks or commas, `#` comments, `x y t p` unless a first line of names says otherwise"
     with open(path, encoding="utf-8") as f:
-        skip, first = next(((i, line) for i, line in enumerate(_lines(f)) if line.strip() and not line.lstrip().startswith("#")), (0, ""))
+        skip, first = next(((i, line) for i, line in enumerate(_lines(f, max_events)) if line.strip() and not line.lstrip().startswith("#")), (0, ""))
     comma = "," if "," in first else None
     words = [w.strip().lower() for w in first.split(comma)]
     named = set("xytp") <= set(words)
     columns = [words.index(c) for c in "xytp"] if named else range(4)
     with open(path, encoding="utf-8") as f, warnings.catch_warnings():
         warnings.simplefilter("ignore") # an empty file warns; the common check says it in one line
-        table = np.loadtxt(_lines(f), delimiter=comma, usecols=columns, skiprows=named * (skip + 1), max_rows=max_events + 1, ndmin=2)
+        table = np.loadtxt(_lines(f, max_events), delimiter=comma, usecols=columns, skiprows=named * (skip + 1), ndmin=2)
     return dict(zip("xytp", table.T, strict=True)) # float64 holds µs exactly
 
 # %% ../../nbs/data/10_events.ipynb #cell032

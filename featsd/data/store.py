@@ -213,7 +213,7 @@ def read_head(path, manifest, name="head.safetensors"):
     if not inside(path, file): raise StoreError(f"{file}: expected a file of the store, found a link that leaves it; copy the head into the store")
     from featsd.models.backbone import Head
     with read_errors(file): h = Head.load(file)
-    if h.hash != manifest["head_hash"]: raise StoreError(f"{file}: expected the head {manifest['head_hash']}, found {h.hash}; extract into a fresh folder")
+    if h.hash != manifest.get("head_hash"): raise StoreError(f"{file}: expected the head {manifest.get('head_hash')}, found {h.hash}; extract into a fresh folder")
     return h
 
 # %% ../../nbs/data/12_store.ipynb #cell020a
