@@ -320,7 +320,7 @@ def test_a_thousand_prompts(name, pair, able, thousand):
             assert [d.ids for d in done] == [w[:20] for w in want]
             stood, fell = stood + sum(sum(d.accepted) for d in done), fell + sum(sum(d.drafted) - sum(d.accepted) for d in done)
             if k == 0: assert [speculative_decode(pair.target, d, p, gamma).ids for d, p in zip(drafters[:10], block)] == want[:10]
-    if name in ("aligned", "fused", "gated", "ngram", "template", "lookup+gated"): assert stood > 20_000 and fell > 20_000 # both paths were walked
+    if name in ("aligned", "fused", "gated", "ngram", "template", "lookup+gated"): assert stood > 5_000 and fell > 5_000 # both paths were walked
     print(f"{name}: 8,000 answers identical, {stood} drafted tokens stood, {fell} fell")
 
 # ---- rungs 2 to 4: the certificate -------------------------------------------------------------------------------------------------
