@@ -192,13 +192,13 @@ def mishap(folder, name, pair)->dict:
     if name == "size limit": before = lambda: limited(f.stat().st_size - 1)
     if name == "nan":
         def before():
-            real, calls = pair.target.forced, [0]
+            real, calls = pair.draft.forced, [0]
             def forced(*a):
                 calls[0] += 1
                 streams = real(*a)
                 if calls[0] == 2: streams[0][0, 3] = float("nan")
                 return streams
-            pair.target.forced = forced
+            pair.draft.forced = forced
     if name == "read-only":
         for p in (out, store, store/"chunks"): p.chmod(0o555)
         (store/".lock").chmod(0o444)

@@ -19,7 +19,7 @@ def test_hostile_text_is_inert(tmp_path):
 
 def test_report_asks_no_network(tmp_path):
     row = word_row("n-gram table", [np.ones(5, bool)], ["a"], 20)
-    result = {"verdict": HOSTILE, "decoding": "-", "intervals": "-", "levels": "-", "stages": "-", "table": short_table([row])}
+    result = {"verdict": HOSTILE, "decoding": "-", "intervals": "-", "levels": "-", "stages": "-", "calibration": "-", "table": short_table([row])}
     write_report(tmp_path, result, {}, "-")
     page = (tmp_path/"report.html").read_text()
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page)
