@@ -1,0 +1,273 @@
+"The explorers in JupyterLab, moved by keyboard: what the page shows is what Python computes, in both themes"
+import shutil
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import featsd.explore as X
+from featsd.metrics import SDConfig
+from featsd.timeline import timeline_data
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+DATA = """
+import numpy as np
+from types import SimpleNamespace
+from featsd.metrics import Scores, TimingConfig
+rng = np.random.default_rng(0)
+lens = rng.integers(4, 14, 60)
+offsets = np.concatenate([[0], np.cumsum(lens)])
+cos = (1 - rng.random(offsets[-1]) ** 2 / 2).astype(np.float32)
+questions = ["what moves ?" if i % 2 else "what is big ?" for i in range(60)]
+of = lambda cos, seed: Scores(offsets, cos, rank=np.random.default_rng(seed).integers(0, 2, len(cos)).astype(np.int32), clips=[f"clip{i // 6}" for i in range(60)])
+m = SimpleNamespace(name="L1", metrics={"draft_forced": 0, "draft_free": 0}, questions=questions,
+                    scores={("draft_forced", "L1"): of(cos, 1), ("draft_free", "L1"): of(cos[::-1].copy(), 2), ("draft_forced", "per-position mean"): of(cos * .8, 3), ("draft_wrong", "wrong-clip sensor"): of(cos * .9, 4)})
+curve = [.85 ** i for i in range(1, 17)]
+timing = TimingConfig(4., .2, 12., 1., .02, verify={2: 1.2, 9: 1.8}, measured=True)
+accepted = {1: .8, 3: 1.9, 5: 2.7}
+"""
+here = {}
+exec(DATA, here)
+
+
+def notebook(path, *cells):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+
+
+@dataclass
+class Page:
+    "One notebook in one browser tab"
+    page: object
+    errors: list
+    ms: dict = field(default_factory=dict) # what → key press to change
+
+    def idle(self, seconds=120):
+        self.page.wait_for_function("() => jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'", timeout=1000 * seconds)
+
+    def run_all(self, seconds=120):
+        "All cells, until the last has run or one has failed"
+        self.page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells') }")
+        self.page.wait_for_function("""() => { const code = jupyterapp.shell.currentWidget.content.model.toJSON().cells.filter(c => c.cell_type === 'code' && `${c.source}`.trim())
+                                               return code.every(c => c.execution_count) || code.some(c => c.outputs.some(o => o.output_type === 'error')) }""", timeout=1000 * seconds)
+        self.idle(seconds)
+        assert self.failed() == []
+
+    def failed(self):
+        return self.page.evaluate("jupyterapp.shell.currentWidget.content.model.toJSON().cells.flatMap((c, i) => (c.outputs || []).filter(o => o.output_type === 'error').map(o => `${i}: ${o.ename} ${o.evalue}`))")
+
+    def cell(self, i): return self.page.locator(".jp-Notebook .jp-Cell").nth(i)
+
+    def show(self, i):
+        self.page.evaluate("i => { const c = jupyterapp.shell.currentWidget.content; c.activeCellIndex = i; return c.scrollToItem(i) }", i)
+        self.page.wait_for_timeout(300)
+        self.page.evaluate("i => document.querySelectorAll('.jp-Notebook .jp-Cell')[i].querySelector('.jp-OutputArea-output').scrollIntoView()", i)
+
+    def drawn(self, i): # figures of a cell
+        self.page.wait_for_function("i => { const f = [...document.querySelectorAll('.jp-Notebook .jp-Cell')[i].querySelectorAll('.js-plotly-plot')]; return f.length && f.every(x => x.querySelector('.xtick') && x.calcdata) }", arg=i, timeout=60_000)
+
+    def trace(self, i, k): # numbers the page holds, x and y
+        return self.page.evaluate("([i, k]) => { const t = document.querySelectorAll('.jp-Notebook .jp-Cell')[i].querySelector('.js-plotly-plot')._fullData[k]; return [Array.from(t.x), Array.from(t.y)] }", [i, k])
+
+    def sentence(self, i): return self.cell(i).locator(".widget-html-content").last.inner_text().strip()
+
+    def press(self, i, key, what=None):
+        "A key, and until the sentence of cell i (and its figure) follow"
+        self.page.evaluate("""i => {
+            const cell = document.querySelectorAll('.jp-Notebook .jp-Cell')[i], t = window.timed = {}
+            addEventListener('keydown', () => t.key = performance.now(), {once: true, capture: true})
+            const seen = new MutationObserver(() => { t.text ??= performance.now(); seen.disconnect() })
+            cell.querySelectorAll('.widget-html-content').forEach(n => seen.observe(n, {childList: true, characterData: true, subtree: true}))
+            const figure = cell.querySelector('.js-plotly-plot')
+            if (figure) figure.once('plotly_afterplot', () => t.figure = performance.now())
+        }""", i)
+        self.page.keyboard.press(key)
+        self.page.wait_for_function("() => timed.text", timeout=20_000)
+        self.idle()
+        self.page.wait_for_timeout(150)
+        if what: self.ms.setdefault(what, []).append(self.page.evaluate("() => timed.text - timed.key"))
+        if what and self.page.evaluate("() => timed.figure"): self.ms.setdefault(f"{what}, figure", []).append(self.page.evaluate("() => timed.figure - timed.key"))
+
+    def tab(self):
+        "To the next control; a readout that can be typed into lies between"
+        was = self.page.evaluate("() => (window.left = document.activeElement).className")
+        for _ in range(3):
+            self.page.keyboard.press("Tab")
+            if self.page.evaluate("() => document.activeElement !== left && document.activeElement.matches('.noUi-handle, select')"): return
+        raise AssertionError(f"Tab leads from {was} to {self.page.evaluate('document.activeElement.outerHTML.slice(0, 200)')}")
+
+    def contrast(self, i): # [(class or text, ratio)] of every text in the cell's output, against what is behind it
+        return self.page.evaluate("""i => {
+            const rgba = c => { const v = c.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v }
+            const over = (a, b) => [0, 1, 2].map(k => a[k] * a[3] + b[k] * (1 - a[3]))
+            const lum = c => c.slice(0, 3).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, k) => s + v * [.2126, .7152, .0722][k], 0)
+            const behind = n => { const all = []; for (; n; n = n.parentElement) { const c = rgba(getComputedStyle(n).backgroundColor); all.push(c); if (c[3] === 1) break }
+                                  return all.reverse().reduce((b, c) => over(c, b), [255, 255, 255]) }
+            const own = n => [...n.childNodes].some(c => c.nodeType === 3 && c.data.trim())
+            const cell = document.querySelectorAll('.jp-Notebook .jp-Cell')[i].querySelector('.jp-OutputArea-output')
+            return [...cell.querySelectorAll('*')].filter(n => own(n) && n.checkVisibility() && !n.closest('style, script, option, .slice, .bars, .modebar')).map(n => {
+                const s = getComputedStyle(n), svg = n.closest('svg'), b = behind(n), ink = rgba(svg ? s.fill : s.color)
+                let o = 1; for (let p = n; p && p !== cell; p = p.parentElement) o *= getComputedStyle(p).opacity
+                const f = over([ink[0], ink[1], ink[2], ink[3] * o], b), [x, y] = [lum(f), lum(b)].sort((p, q) => q - p)
+                return [n.textContent.trim().slice(0, 30), (x + .05) / (y + .05)]
+            })
+        }""", i)
+
+
+@pytest.fixture
+def open_lab(lab, chromium):
+    "Opens a notebook of the served folder; at the end its console must have stayed silent"
+    url, token, root = lab
+    tabs = []
+    def go(name, height=1250):
+        page = chromium.new_page(viewport={"width": 1500, "height": height})
+        p = Page(page, [])
+        page.on("pageerror", lambda e: p.errors.append(str(e)))
+        page.goto(f"{url}/lab/tree/{name}?token={token}&reset")
+        page.wait_for_function("""() => { const w = window.jupyterapp && jupyterapp.shell.currentWidget, k = w?.sessionContext?.session?.kernel
+                                          return k && k.connectionStatus === 'connected' && k.status === 'idle' }""", timeout=120_000)
+        page.evaluate("() => { jupyterapp.commands.execute('application:toggle-left-area') }")
+        tabs.append(p)
+        return p
+    yield go
+    for p in tabs:
+        p.page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        p.page.close()
+    for p in tabs: assert p.errors == []
+
+
+def theme(p, name):
+    p.page.evaluate("t => jupyterapp.commands.execute('apputils:change-theme', {theme: t})", name)
+    p.page.wait_for_function("t => document.body.dataset.jpThemeName === t", arg=name)
+    p.page.wait_for_timeout(700)
+
+
+def legible(p, i): return [(text, round(ratio, 2)) for text, ratio in p.contrast(i) if ratio < 4.5]
+
+
+def test_sliders_answer_the_keyboard(lab, open_lab, shots):
+    root = lab[2]
+    notebook(root/"keys.ipynb", DATA, "from featsd.explore import *\nbox, parts = threshold_explorer(m, 'keys')\nbox", "box, cost = speedup_explorer(presets_of(curve, timing, {3: 1.9}, (.7, .9)), 'keys')\nbox",
+             "box, stages = stage_timeline(timing, accepted, 'keys')\nbox")
+    p = open_lab("keys.ipynb")
+    p.run_all()
+    for i in (1, 2, 3): p.drawn(i)
+    p.page.wait_for_timeout(1000)
+    assert p.page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].map(f => f.querySelector('.main-svg').clientWidth / f.closest('.jp-OutputArea-output').clientWidth > .9)") == [True] * 3 # as wide as the page
+
+    # the threshold: six arrows to the left, then Tab to γ, then the list of modes
+    wait, last = p.page.wait_for_timeout, int(here["lens"].max()) - 1
+    p.show(1)
+    wait(500)
+    def check(tau, gamma, mode="consecutive", stream="draft_forced"):
+        v = X.threshold_view(X.pad_scores(here["m"].scores[stream, "L1"], here["questions"]), tau, gamma, 0, last, None, mode)
+        assert p.sentence(1) == v["sentence"]
+        assert p.trace(1, 1) == [v["x"], pytest.approx(v["position"])]
+        assert p.trace(1, 4) == [[pytest.approx(v["here"][0])], [pytest.approx(v["here"][1])]] and p.trace(1, 6)[1] == [pytest.approx(v["match_here"])]
+        return v
+    first = check(.9, 5)
+    p.cell(1).locator(".noUi-handle").first.focus()
+    for _ in range(6): p.press(1, "ArrowLeft", "threshold")
+    assert check(.84, 5)["position"] != first["position"]
+    p.tab()
+    for _ in range(3): p.press(1, "ArrowRight", "threshold")
+    check(.84, 8)
+    p.page.screenshot(path=shots/"threshold_light.png")
+    p.cell(1).locator("select").last.focus()
+    p.press(1, "ArrowDown", "threshold")
+    check(.84, 8, "relaxed")
+    assert "no decoder can have" in p.sentence(1)
+    p.cell(1).locator("select").first.focus()
+    p.press(1, "ArrowDown", "threshold")
+    check(.84, 8, "relaxed", "draft_free")
+    assert p.page.evaluate("jupyterapp.shell.currentWidget.content.activeCellIndex") == 1 # the keys moved controls, not cells
+
+    # the cell runs again: what was set stays
+    p.show(1)
+    p.page.evaluate("() => jupyterapp.commands.execute('notebook:run-cell')")
+    p.idle()
+    wait(1000)
+    p.drawn(1)
+    check(.84, 8, "relaxed", "draft_free")
+
+    # the costs: γ, then c
+    p.show(2)
+    wait(500)
+    def costs(gamma, c):
+        o = round(X.costs_of(here["timing"])[1], 3)
+        v = X.speedup_view(here["curve"], here["timing"], gamma, c, o, 50, False, {3: 1.9})
+        assert p.sentence(2) == v["sentence"]
+        assert p.trace(2, 2)[1] == pytest.approx(v["lines"]["exact"]) and p.trace(2, 9) == [[pytest.approx(v["point"][0])], [pytest.approx(c)]]
+        return v
+    c = round(X.costs_of(here["timing"])[0], 3)
+    before = costs(5, c)
+    p.cell(2).locator(".noUi-handle").first.focus()
+    for _ in range(2): p.press(2, "ArrowLeft", "speedup")
+    assert "measured 1.90x" in costs(3, c)["sentence"]
+    p.cell(2).locator(".noUi-handle").nth(2).focus()
+    for _ in range(5): p.press(2, "ArrowRight", "speedup")
+    assert costs(3, round(c + .05, 3))["limit"] == before["limit"]
+    p.page.screenshot(path=shots/"speedup_light.png")
+
+    # the stages: γ and length
+    p.show(3)
+    wait(500)
+    p.cell(3).locator(".noUi-handle").first.focus()
+    p.press(3, "ArrowRight", "stages")
+    assert "γ = 3, 1.90 accepted" in p.sentence(3)
+    data = timeline_data(here["timing"], 1.9, SDConfig(gamma_decode=3, n_out=50))
+    assert p.trace(3, 0)[0] == pytest.approx([r["ms"] for r in data["rows"] if r["stage"] == data["rows"][0]["stage"]])
+    assert p.trace(3, 3)[0] == pytest.approx([r["ms"] for r in data["rows"] if r["stage"] == "drafting"])
+    p.page.screenshot(path=shots/"stages_light.png")
+
+    # both themes
+    assert {i: legible(p, i) for i in (1, 2, 3)} == {1: [], 2: [], 3: []}
+    theme(p, "JupyterLab Dark")
+    for i, name in ((1, "threshold"), (2, "speedup"), (3, "stages")):
+        p.show(i)
+        wait(500)
+        p.page.screenshot(path=shots/f"{name}_dark.png")
+    dark = {i: legible(p, i) for i in (1, 2, 3)}
+    theme(p, "JupyterLab Light")
+    assert dark == {1: [], 2: [], 3: []}
+    for what, ms in p.ms.items(): print(f"{what}: {statistics.median(ms):.0f} ms from key to page, {max(ms):.0f} ms at most, n = {len(ms)}")
+
+
+@pytest.mark.parametrize("path", ["nbs/explore/sliders.ipynb", "nbs/03_metrics.ipynb", "nbs/04_timeline.ipynb"])
+def test_notebooks_in_the_lab(lab, open_lab, shots, path):
+    root = lab[2]
+    for name in (path, "figures/demo.json"):
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/name, root/name)
+    boxes = [i for i, c in enumerate(nbformat.read(ROOT/path, 4).cells) if c.source == "#| eval: false\nbox"]
+    assert len(boxes) == (4 if "sliders" in path else 1)
+    p = open_lab(path)
+    p.run_all(300)
+    for k, i in enumerate(boxes):
+        p.show(i)
+        figure = p.cell(i).locator(".js-plotly-plot").count()
+        if figure: p.drawn(i)
+        before = p.sentence(i)
+        p.cell(i).locator(".noUi-handle").first.focus()
+        p.press(i, "ArrowLeft" if "0.9" in p.cell(i).locator(".widget-readout").first.inner_text() else "ArrowRight", f"{Path(path).stem}, box {k + 1}")
+        if figure: p.drawn(i)
+        assert p.sentence(i) != before
+        p.page.wait_for_timeout(500)
+        p.page.screenshot(path=shots/f"{Path(path).stem}_{k + 1}.png")
+        assert legible(p, i) == []
+    if "sliders" in path: # a token tells what the drafter thought, also without a pointer
+        i = boxes[2]
+        p.cell(i).locator("select").last.focus()
+        for _ in range(3): p.page.keyboard.press("Tab")
+        assert "cos(aligned, target)" in p.page.evaluate("() => getComputedStyle(document.activeElement, '::after').content")
+        theme(p, "JupyterLab Dark")
+        p.show(i)
+        p.page.screenshot(path=shots/"answer_dark.png")
+        dark = {k: legible(p, k) for k in boxes}
+        theme(p, "JupyterLab Light")
+        assert dark == dict.fromkeys(boxes, [])
+    assert p.failed() == []
+    for what, ms in p.ms.items(): print(f"{what}: {statistics.median(ms):.0f} ms from key to page")
