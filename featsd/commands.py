@@ -43,12 +43,14 @@ def featsd_extract(
     if watch:
         import os
         import sys
+        from featsd.data.launch import this_launch
         from featsd.data.watch import WATCHED, heartbeat_file
         from featsd.data.watch import watch as run
-        if not os.environ.pop(WATCHED, None): raise SystemExit(run(sys.orig_argv, heartbeat_file(f"{output_dir}/chunked_{split}_{duration}_{quant}"), max_restarts))
+        if not os.environ.pop(WATCHED, None): raise SystemExit(run(sys.orig_argv, heartbeat_file(this_launch().own(f"{output_dir}/chunked_{split}_{duration}_{quant}")), max_restarts))
     from featsd.extract import extract, pack
     path = extract(output_dir, dataset_dir, pair, split, duration, quant, max_samples, max_questions, max_new_tokens,
                    chunk_size if chunked else save_interval, dtype, wrong_clip, batch_clips, strict, seed, draft_layers=draft_layers)
+    if path is None: return # not the first process of its launch
     if not chunked: path = pack(path, output_dir, split, duration, quant, max_questions, checkpoint_name)
     print(path)
 
@@ -108,12 +110,14 @@ def featsd_train(
 ):
     "Train a hidden-state adapter, or all four levels, and write checkpoints, history and curves"
     from featsd.core import FeatsdError
+    from featsd.data.launch import this_launch
     from featsd.train import comparison_table, train_levels
     if not train_data: raise FeatsdError("--train_data: expected a store, found none; give the folder that featsd_extract wrote")
     results = train_levels(train_data, val_data, adapter_level, val_split=val_split, num_epochs=num_epochs, batch_size=batch_size, learning_rate=learning_rate,
                            early_stopping=early_stopping, bottleneck_dim=bottleneck_dim, num_blocks=num_blocks, num_heads=num_heads, num_layers=num_layers,
                            ffn_dim=ffn_dim, loss=loss, stream=stream, causal=causal, residual=residual, seed=seed, output_dir=output_dir, device=device,
                            progress=progress, resume=resume)
+    if not this_launch().first: return
     print(comparison_table(results))
     for r in results: print(r["folder"])
 

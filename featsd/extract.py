@@ -4,7 +4,12 @@
 
 # %% auto #0
 __all__ = ['pair_states', 'Stopped', 'stop_on_signals', 'read_clip', 'other_clip', 'chunk_pairs', 'devices_of', 'manifest_of',
-           'rounding', 'safe_name', 'extract', 'log_chunk', 'parse_pair', 'shortened', 'pack']
+           'rounding', 'safe_name', 'extract', 'log_chunk', 'parse_pair', 'own_gpu', 'has_chunk', 'shortened', 'pack']
+
+# %% ../nbs/01_extract.ipynb #scale000
+if __name__ == "__main__" and "__file__" in globals(): # before anything heavy is imported
+    from featsd.data.launch import start_all
+    start_all()
 
 # %% ../nbs/01_extract.ipynb #cell002
 import copy
@@ -25,7 +30,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .core import FeatsdError, lib_versions, read_json
+from .data.chunk import StoreError, chunk_file, read_sidecar
 from .data.clips import open_clips
+from .data.launch import Claims, this_launch
 from .data.store import PairStates, StoreLock, StoreWriter, open_states
 from .data.study import pack_study
 from .data.watch import Heartbeat
@@ -62,7 +69,7 @@ class Stopped(BaseException):
 
 class stop_on_signals(ContextDecorator):
     "Inside SIGINT and SIGTERM raise `Stopped`, which leaves as exit status and a line: the chunk in work is dropped, those on disk are safe"
-    def __init__(self): self.old, self.said = {}, "stopped; run the same command again to go on"
+    def __init__(self): self.old, self.said = {}, "stopped; run the same command again to go on" if this_launch().first else ""
     def _recreate_cm(self): return stop_on_signals() # one for each call of a decorated function
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -71,7 +78,7 @@ class stop_on_signals(ContextDecorator):
     def stop(self, number, frame): raise Stopped(number)
     def __exit__(self, kind, e, tb):
         for s in self.old if kind is Stopped else (): signal.signal(s, signal.SIG_IGN) # a second one changes nothing any more
-        if kind is Stopped: print(getattr(e, "said", self.said), file=sys.stderr)
+        if kind is Stopped and (said := getattr(e, "said", self.said)): print(said, file=sys.stderr)
         for s, handler in self.old.items(): signal.signal(s, handler)
         if kind is Stopped: raise SystemExit(e.code) from None
 
@@ -150,14 +157,15 @@ def extract(output_dir="hidden_states", # folder for the store
             strict=False, # stop at the first clip that cannot be read, instead of counting it
             seed=0, # of the built-in world's clips
             draft_layers=None, # states of the draft's first layers only, norm and head right behind them; None = all
-            progress=True)->Path: # the store's folder
+            progress=True)->Path: # the store's folder; None in a process that is not the first of its launch
     "Extract paired states into `output_dir/chunked_{split}_{duration}_{quant}`; what is there already is not done again"
+    launch = this_launch()
     for name, what in ((split, "split"), (duration, "duration"), (quant, "quant")): safe_name(name, what)
     for value, what in ((max_questions, "max_questions"), (max_new_tokens, "max_new_tokens"), (chunk_size, "chunk_size"), (batch_clips, "batch_clips")):
         if value < 1: raise FeatsdError(f"{what} {value}: expected at least 1")
     clips = open_clips(dataset_dir, split, max_samples, seed, duration)
     if len(clips) == 0: raise FeatsdError(f"{dataset_dir}: no clip in split {split!r}; check --split and --max_samples")
-    whole = parse_pair(pair, quant)
+    whole = parse_pair(own_gpu(pair, launch), quant)
     pair = shortened(whole, draft_layers)
     questions = clips.questions[:max_questions]
     total, path = len(clips) * len(questions), Path(output_dir)/f"chunked_{split}_{duration}_{quant}"
@@ -165,27 +173,32 @@ def extract(output_dir="hidden_states", # folder for the store
     manifest["seed"] = seed
     if pair.draft is not whole.draft: manifest["draft_layers"] = draft_layers
     unread = []
-    with StoreWriter(path, manifest, pair.target.head, chunk_size, pair.draft.head, **rounding(pair.target, pair.draft)) as writer, Heartbeat(path, total) as heart:
+    with StoreWriter(path, manifest, pair.target.head, chunk_size, pair.draft.head, launch.group, **rounding(pair.target, pair.draft)) as writer, Heartbeat(launch.own(path), total) as heart:
         todo = writer.missing(total)
         left = sum(stop - start for start, stop in todo)
         heart(total - left)
-        bar = tqdm(total=total, initial=total - left, unit="pair", desc=f"extract {split}", disable=not progress, dynamic_ncols=True)
-        size = sum(f.stat().st_size for f in (path/"chunks").glob("*.safetensors"))
+        bar = tqdm(total=total, initial=total - left, unit="pair", desc=f"extract {split}", disable=not progress or not launch.first, dynamic_ncols=True)
+        def moved(pairs):
+            claims.moved(pairs)
+            heart(n := min(total, total - left + sum(claims.counts())) - heart.done)
+            bar.update(n)
+        claims = Claims(path, launch, todo, lambda *c: has_chunk(path, *c), waiting=lambda: moved(0))
+        def size(): return sum(f.stat().st_size for f in (path/"chunks").glob("*.safetensors")) / 2**20
         try:
-            for start, stop in todo:
+            for start, stop in claims:
                 began = time.perf_counter()
-                pairs, skipped = chunk_pairs(pair, clips, questions, start, stop, max_new_tokens, wrong_clip, batch_clips, lambda n: (bar.update(n), heart(n)))
+                pairs, skipped = chunk_pairs(pair, clips, questions, start, stop, max_new_tokens, wrong_clip, batch_clips, moved)
                 unread += skipped
                 if strict and skipped: raise FeatsdError(f"clip {skipped[0][0]} cannot be read ({skipped[0][1]}); mend it, or leave out --strict to count and skip it")
                 computed = time.perf_counter()
                 writer.write_chunk(start, pairs, skipped, stop)
-                size += (path/"chunks"/f"chunk_{start:06d}.safetensors").stat().st_size
-                bar.set_postfix_str(f"{size / 2**20:.1f} MiB, {len(skipped)} clips skipped" if skipped else f"{size / 2**20:.1f} MiB")
+                bar.set_postfix_str(f"{size():.1f} MiB" + (f", {len(skipped)} clips skipped" if skipped else ""))
                 log_chunk(path, start, len(pairs), computed - began, time.perf_counter() - computed)
         except Stopped as e:
-            e.said = f"stopped: {total - sum(b - a for a, b in writer.missing(total))} of {total} pairs are safe in {path}; run the same command again to go on"
+            if launch.first: e.said = f"stopped: {total - sum(b - a for a, b in writer.missing(total))} of {total} pairs are safe in {path}; run the same command again to go on"
             raise
-        finally: bar.close()
+        finally: bar.close(); claims.close()
+        if not launch.first: writer.lock.close(); return None # the index is the first one's to write, when all is there
     if not read_json(path/"index.json")["pairs"]: # nothing is kept, so that the same command tries again
         for f in (path/"chunks").iterdir(): f.unlink()
         raise FeatsdError(f"{dataset_dir}: not one of {len(clips)} clips could be read" + (f"; {unread[0][0]}: {unread[0][1]}" if unread else ""))
@@ -204,6 +217,18 @@ def parse_pair(pair, quant)->Pair:
     if set(parts) != {"draft", "target"}: raise FeatsdError(f"pair {pair!r}: expected 'pocket' or 'draft=FOLDER,target=FOLDER'")
     return load_pair(**parts, quant=quant)
 
+def own_gpu(pair, launch, gpus=None):
+    "With several processes on a machine with GPUs: folders that name no device go to this process's own"
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    if launch.world == 1 or not gpus or "=" not in str(pair): return pair
+    def on_gpu(part): return part if "device=" in part.partition("?")[2] else f"{part}{'&' if '?' in part else '?'}device=cuda:{launch.gpu(gpus)}"
+    return ",".join(map(on_gpu, pair.split(",")))
+
+def has_chunk(path, start, stop)->bool:
+    "Is it written, whole and of this length?"
+    try: return read_sidecar(chunk_file(path, start, "json"))["stop"] >= stop
+    except StoreError: return False
+
 def shortened(pair, layers)->Pair:
     "The pair with a draft that ends after some layers; None: as it is"
     if layers is None: return pair
@@ -219,7 +244,7 @@ def pack(path, output_dir, split, duration, quant, max_questions, checkpoint_nam
     states = open_states(path)
     config = {"split": split, "duration": duration, "quant": quant, "date": f"{dt.date.today():%Y%m%d}", "max_questions": max_questions,
               "created": dt.datetime.now().isoformat(timespec="seconds"), "store": states.manifest} # for featsd_convert and featsd_verify --pair
-    lock = StoreLock(path) # one packer at a time, so that what an earlier one left over can go
+    lock = StoreLock(path, this_launch().group) # one packer at a time, so that what an earlier one left over can go
     try:
         for left in (*Path(output_dir).glob(f"{name}.*.tmp"), *Path(output_dir).glob(f".{name}.*.tmp")):
             shutil.rmtree(left) if left.is_dir() else left.unlink()

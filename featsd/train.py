@@ -10,6 +10,11 @@ __all__ = ['FEATURE_LOSSES', 'THRESHOLDS', 'STUDY', 'SMALL', 'SIZES', 'parse_los
            'Run', 'read_result', 'check_settings', 'choose_device', 'make_config', 'run_training', 'train_adapter',
            'train_levels', 'comparison_table']
 
+# %% ../nbs/02_train.ipynb #scale000
+if __name__ == "__main__" and "__file__" in globals(): # before anything heavy is imported
+    from featsd.data.launch import start_all
+    start_all()
+
 # %% ../nbs/02_train.ipynb #cell002
 import inspect
 import io
@@ -34,8 +39,10 @@ from tqdm.auto import tqdm
 from .adapters import HEAD_LOSSES, LEVELS, check_depth, check_head, create_adapter, feature_loss, head_loss, read_checkpoint, save_checkpoint
 from .core import FeatsdError, atomic_write, lib_versions, read_json, write_json
 from .data.feed import Feed, choose_stream, state_bytes
+from .data.launch import this_launch
 from .data.store import VOLATILE, StoreLock, open_states
 from .data.store import check_head as check_states
+from .data.team import Team, leave
 
 # %% ../nbs/02_train.ipynb #cell005
 FEATURE_LOSSES = {"mse_cos": (1., .5), "mse": (1., 0.), "cos": (0., 1.)} # weights of MSE and of 1 − cos
@@ -93,18 +100,20 @@ def token_hits(head, aligned, target, ids=None, max_logits=2**24)->int:
     return hits
 
 @torch.no_grad()
-def evaluate(adapter, feed, terms, head=None)->dict:
+def evaluate(adapter, feed, terms, head=None, team=Team())->dict:  # noqa: B008
     "`val_loss`, `val_cos_sim`, `val_accept_80` … `95`, and `val_token_top1` where a head is known: means over positions"
     adapter.eval()
     sums, hits, n = np.zeros(2 + len(THRESHOLDS)), 0, 0
-    for h_draft, mask, h_target, ids in feed.epoch():
-        aligned = align(adapter, h_draft, mask)
+    for batch in feed.epoch():
+        with team.part(*batch) as (h_draft, mask, h_target, ids): aligned = align(adapter, h_draft, mask)
+        if not len(h_target): continue
         cos, k = F.cosine_similarity(aligned.float(), h_target, dim=-1), len(aligned)
         loss = objective(terms, aligned, h_target, head, ids)
         sums += [float(loss) * k, float(cos.sum(dtype=torch.float64)), *(int((cos > x).sum()) for x in THRESHOLDS)]
         hits, n = hits + (token_hits(head, aligned, h_target, ids) if head is not None else 0), n + k
+    *sums, hits, n = team.sum(torch.tensor([*sums, hits, n], dtype=torch.float64, device=team.device)).cpu().numpy()
     keys = ("val_loss", "val_cos_sim", *(f"val_accept_{round(100 * x)}" for x in THRESHOLDS))
-    return dict(zip(keys, (sums / n).tolist(), strict=True)) | ({"val_token_top1": hits / n} if head is not None else {})
+    return dict(zip(keys, (np.array(sums) / n).tolist(), strict=True)) | ({"val_token_top1": float(hits / n)} if head is not None else {})
 
 # %% ../nbs/02_train.ipynb #cell013
 @contextmanager
@@ -145,7 +154,9 @@ class HiddenAdapterTrainer:
                  grad_clip=1.,         # largest norm of the gradient, the study's
                  seed=0, device="cpu",
                  cache_bytes=2**30,    # larger data is streamed from disk
+                 team=None,            # processes that train together, see `Team`
                 ):
+        self.team = team or Team()
         self.head = train.head() if head is None else head
         self.terms = parse_loss(loss)
         for states in (train, val): check_match(adapter, states, self.head)
@@ -197,12 +208,14 @@ def _train_epoch(self, epoch, # 1, 2, …
     with seeded(self.seed + epoch, self.device):
         for step, (h_draft, mask, h_target, ids) in enumerate(self.train.epoch(self.seed + epoch), 1):  # noqa: B007
             self.optimizer.zero_grad()
-            seen = 0.
-            for h, m, t, i in in_blocks(h_draft, mask, h_target, ids): # the gradient of a mean is the mean of the blocks' gradients
-                aligned = align(self.adapter, h, m)
+            seen = torch.zeros(2, device=h_target.device)
+            for block in in_blocks(h_draft, mask, h_target, ids): # the gradient of a mean is the mean of the blocks' gradients
+                with self.team.part(*block) as (h, m, t, i): aligned = align(self.adapter, h, m)
+                if not len(t): continue # this process's share of a short block
                 loss, share = objective(self.terms, aligned, t, self.head, i), len(aligned) / len(h_target)
                 (loss * share).backward()
                 seen += share * torch.stack([loss.detach(), F.cosine_similarity(aligned.detach(), t, dim=-1).mean()])
+            seen = self.team.sum_gradients(self.adapter.parameters(), seen)
             if self.grad_clip: nn.utils.clip_grad_norm_(self.adapter.parameters(), self.grad_clip)
             self.optimizer.step()
             pending.append((seen, len(h_target)))
@@ -212,7 +225,7 @@ def _train_epoch(self, epoch, # 1, 2, …
 
 def _validate(self)->dict:
     "`evaluate` on the validation pairs"
-    return evaluate(self.adapter, self.val, self.terms, self.head)
+    return evaluate(self.adapter, self.val, self.terms, self.head, self.team)
 
 HiddenAdapterTrainer.train_epoch, HiddenAdapterTrainer.validate = _train_epoch, _validate
 
@@ -387,7 +400,7 @@ class Run:
     "Writes one run's folder, epoch by epoch, and lets nobody else write there meanwhile"
     def __init__(self, output_dir, level, config, folder=None):
         self.output_dir, self.level, self.config, self.folder, self.lock = output_dir, level, config, folder, None
-        if folder: self.hold()
+        if folder and this_launch().first: self.hold()
 
     def hold(self):
         "Lock the folder; what a killed writer left over goes"
@@ -457,14 +470,16 @@ def make_config(adapter, train, val, training, device)->dict:
                 provenance=dict(versions=lib_versions(), argv=sys.argv, device=device, threads=torch.get_num_threads()))
 
 def run_training(trainer, run, progress):
-    "Train from where the run's folder stands to the end; an interrupted run says how to go on"
+    "Train from where the run's folder stands to the end; an interrupted run says how to go on. Of several processes the first one writes"
+    team = trainer.team
     try:
-        if run.finished(): return read_result(run.folder)
-        if run.folder and (run.folder/"last.pt").exists(): trainer.load_state(run.folder/"last.pt")
-        trainer.fit(run, progress)
-        return run.finish(trainer)
+        if team.tell(run.finished): return read_result(run.folder)
+        if team.tell(lambda: run.folder is not None and (run.folder/"last.pt").exists()): trainer.load_state(run.folder/"last.pt")
+        team.same(trainer.adapter)
+        trainer.fit(run if team.first else None, progress and team.first)
+        return team.tell(lambda: run.finish(trainer))
     except KeyboardInterrupt:
-        if run.folder: print(f"\n{run.folder}: interrupted after epoch {trainer.epoch}; the same command with --resume goes on", file=sys.stderr)
+        if run.folder and team.first: print(f"\n{run.folder}: interrupted after epoch {trainer.epoch}; the same command with --resume goes on", file=sys.stderr)
         raise
     finally: run.close()
 
@@ -474,7 +489,7 @@ def train_adapter(train_data,             # store folder, the study's .pt or chu
                   adapter_level=1,        # 1, 2, 3, 4
                   val_split=.1,           # that share
                   num_epochs=50,          # at most; also the length of the cosine
-                  batch_size=None,        # pairs a step; None: see `level_defaults`, as for all that follow
+                  batch_size=None,        # pairs a step, of all processes together; None: see `level_defaults`, as for all that follow
                   learning_rate=None,     # of the first epoch
                   early_stopping=10,      # epochs without a better validation loss before it stops; 0: never
                   bottleneck_dim=None, num_blocks=None, num_heads=None, num_layers=None, ffn_dim=None,
@@ -495,7 +510,8 @@ def train_adapter(train_data,             # store folder, the study's .pt or chu
     "Train one adapter into a folder of its own"
     check_settings(num_epochs=num_epochs, batch_size=batch_size, learning_rate=learning_rate, early_stopping=early_stopping, seed=seed,
                    weight_decay=weight_decay, grad_clip=grad_clip, cache_bytes=cache_bytes)
-    level, device = one_level(adapter_level), choose_device(device)
+    launch = this_launch()
+    level, device = one_level(adapter_level), choose_device(launch.device(device))
     parse_loss(loss)
     check_writable(output_dir)
     train, val = open_data(train_data, val_data, val_split, seed)
@@ -508,10 +524,12 @@ def train_adapter(train_data,             # store folder, the study's .pt or chu
     training = dict(loss=loss, stream=stream, num_epochs=num_epochs, batch_size=batch_size, learning_rate=lr, early_stopping=early_stopping, seed=seed,
                     weight_decay=weight_decay, grad_clip=grad_clip, batches_from="memory" if state_bytes(train, stream) <= cache_bytes else "disk")
     config = make_config(adapter, train, val, training, device)
-    folder, started = find_run(resume, output_dir, level, config) if resume else (None, None)
+    team = Team(launch, device)
+    folder, started = team.tell(lambda: find_run(resume, output_dir, level, config) if resume else (None, None))
+    folder = folder and Path(folder)
     if started and "result" in started: return read_result(folder)
     trainer = HiddenAdapterTrainer(adapter, train, val, loss=loss, head=head, stream=stream, lr=lr, weight_decay=weight_decay, batch_size=batch_size,
-                                   num_epochs=num_epochs, patience=early_stopping, grad_clip=grad_clip, seed=seed, device=device, cache_bytes=cache_bytes)
+                                   num_epochs=num_epochs, patience=early_stopping, grad_clip=grad_clip, seed=seed, device=device, cache_bytes=cache_bytes, team=team)
     return run_training(trainer, Run(output_dir, level, started or config, folder), progress)
 
 # %% ../nbs/02_train.ipynb #cell032
@@ -537,3 +555,9 @@ def comparison_table(results)->str:
         lines.append(f"L{r['level']:<4}  {r['loss']:14} {r['params']:>12,} {epochs:>9} {r['train_time_s']:>8.1f} "
                      f"{r['val_cos_sim']:>8.3f} {r['val_accept_90']:>11.3f} {top1}")
     return "\n".join([*lines, "at the epoch of the lowest validation loss; positions of held-out clips"])
+
+# %% ../nbs/02_train.ipynb #scale001
+if __name__ == "__main__" and "__file__" in globals(): # not in a notebook
+    from featsd.commands import featsd_train
+    featsd_train()
+    leave()
