@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BENCHES', 'STATE_TOLERANCE', 'Row', 'spread', 'bench_table', 'Unequal', 'same', 'timed', 'Turns', 'over', 'bench',
            'answer_alone', 'bench_extraction', 'made_up', 'folder_bytes', 'plain_read', 'forget', 'read_rows',
-           'bench_store', 'gemms', 'step_of', 'bench_training', 'peak_rss', 'stream_a_store', 'elsewhere',
-           'bench_memory', 'seed_metrics', 'known_cosines', 'bench_metrics', 'bare_decode', 'prompts_of',
-           'bench_decoding', 'small_adapter', 'engine_row', 'bench_speculation', 'comparison_rows', 'bench_adapters',
-           'bench_startup', 'machine', 'about_line', 'scratch_folder', 'run_bench', 'bench_report']
+           'bench_store', 'fp8_loss', 'foretold_time', 'gemms', 'step_of', 'bench_training', 'faster_steps', 'peak_rss',
+           'stream_a_store', 'elsewhere', 'bench_memory', 'seed_metrics', 'known_cosines', 'bench_metrics',
+           'bare_decode', 'prompts_of', 'bench_decoding', 'small_adapter', 'engine_row', 'bench_speculation',
+           'comparison_rows', 'bench_adapters', 'bench_startup', 'machine', 'about_line', 'scratch_folder', 'run_bench',
+           'bench_report']
 
 # %% ../nbs/07_bench.ipynb #cell002
 import contextlib
@@ -35,15 +36,16 @@ from .compare import Watch, quiet_clock, run_comparison
 from .core import FeatsdError, lib_versions, write_json
 from .data.chunk import chunk_file, chunk_starts, decode_rows, encode_rows
 from .data.clips import open_clips
+from .data.feed import Feed
 from .data.store import PairStates, StoreWriter, expected_bytes, open_states
 from .decode import encode_prompt, plain_decode, speculative_decode
 from .drafters import make_drafter
-from .extract import Stopped, extract, pair_states, stop_on_signals
+from .extract import Stopped, extract, foretold_seconds, pair_states, stop_on_signals
 from .metrics import SDConfig, TimingConfig, compute_all_metrics_parallel, seed_speedups
 from .models.backbone import load_pair
 from .models.lean import lean
 from .nulls import plain
-from .train import HiddenAdapterTrainer, train_adapter
+from .train import HiddenAdapterTrainer, evaluate, new_adapter, parse_loss, train_adapter
 
 # %% ../nbs/07_bench.ipynb #cell005
 @dataclass
@@ -232,12 +234,12 @@ def read_rows(b, states, path)->list: # Row
     rate = lambda k, t=got[0]: f"{4 * D * positions / np.median(t[k]) / 1e9:.1f} GB/s"
     def row(name, goal, k, least, note="", t=got[0]): return spread(name, f"store: {goal} over a plain read of the same bytes", over(t["plain"], t[k]), at_least=least, note=f"{rate(k, t)}, plain {rate('plain', t)} of stored bytes{note}")
     out = [row("read_bf16", "bf16 batches in order", "bf16", .8, f", from the page cache; the first pass, in which every row is looked at for NaN and infinity, {np.median(over(got[0]['plain'], got[0]['first'])):.2f}x"),
-           row("read_float32", "float32 batches in order", "float32", .8, f"; of a plain read that also converts, {np.median(over(got[0]['plain float32'], got[0]['float32'])):.2f}x"),
+           row("read_float32", "float32 batches in order", "float32", .8, f"; it writes two bytes for each one it reads, so that memory allows about 2/3 (estimate); of a plain read that also converts, {np.median(over(got[0]['plain float32'], got[0]['float32'])):.2f}x"),
            row("read_shuffled", "block-shuffled bf16 batches", "shuffled", .5), row("read_shuffled_float32", "block-shuffled float32 batches", "shuffled float32", .5)]
     if cold: out.append(row("read_disk", "float32 batches in order, from disk,", "float32", .8, ", after the page cache was dropped", cold[0]))
     return out
 
-@bench(37, 3, 2e9, .2e9)
+@bench(85, 7, 2e9, .2e9)
 def bench_store(b):
     pairs, D, rows = 60 if b.quick else 1000, 4096, []
     for dtype, n, limit in (("bf16", pairs, 16.4), ("fp8", pairs // 10, 8.3)):
@@ -253,7 +255,40 @@ def bench_store(b):
     h, ids = torch.cat([p.streams["target"] for p in known]), torch.cat([torch.as_tensor(p.target_ids) for p in known])
     packed = encode_rows(h, "fp8")
     agree = float((pair.target.head.logits(decode_rows(packed[""], packed["_scale"])).argmax(-1) == pair.target.head.logits(h).argmax(-1)).double().mean())
-    return [*rows, Row("fp8_agreement", "store: head's first choice unchanged by fp8, built-in pair", agree, n=len(ids), unit="", at_least=.999, note=f"{len(ids)} positions of the target")]
+    rows.append(Row("fp8_agreement", "store: head's first choice unchanged by fp8, built-in pair", agree, n=len(ids), unit="", at_least=.999, note=f"{len(ids)} positions of the target"))
+    return [*rows, fp8_loss(b, pair), foretold_time(b, pair)]
+
+def fp8_loss(b, pair)->Row:
+    "An adapter learned from an fp8 store against one from a bf16 store: the loss on held-out clips, which both read as bf16"
+    clips, questions, epochs = (6, 2, 2) if b.quick else (80, 10, 10)
+    def store(dtype, split, n): return extract(b.scratch/f"states_{dtype}", pair=pair, split=split, quant="fp32", dtype=dtype, max_samples=n, max_questions=questions, seed=b.seed, progress=False)
+    held_out, runs = open_states(store("bf16", "test", clips // 2)), {}
+    for dtype in ("bf16", "fp8"):
+        runs[dtype] = train_adapter(store(dtype, "train", clips), adapter_level=1, loss="kl", num_epochs=epochs, early_stopping=0, val_split=.2, seed=b.seed, output_dir=str(b.scratch/"fp8"), progress=False)
+        b.tick()
+    names, head = [p.clip_id for p in held_out.pairs], held_out.head()
+    by_clip = [held_out.subset([i for i, n in enumerate(names) if n == name]) for name in dict.fromkeys(names)]
+    feeds = [Feed(s, "draft_forced", 64) for s in by_clip]
+    size = np.array([f.positions for f in feeds])
+    loss = {k: np.array([evaluate(load_any_adapter(r["best_model"])[0], f, parse_loss("kl"), head)["val_loss"] for f in feeds]) for k, r in runs.items()}
+    mean = {k: float((v * size).sum() / size.sum()) for k, v in loss.items()}
+    drawn = np.random.default_rng(b.seed).integers(0, len(size), (2000, len(size)))
+    low, high = np.quantile((loss["bf16"] * size)[drawn].sum(1) / size[drawn].sum(1), [.025, .975]) / mean["bf16"]
+    value = mean["fp8"] / mean["bf16"]
+    return Row("fp8_loss", "store: loss on held-out clips learned from fp8 over that from bf16", value, low, high, len(size), met=bool(low <= value <= high),
+               note=f"KL {mean['fp8']:.4f} and {mean['bf16']:.4f} nats; in brackets the 95 % interval of the latter over {len(size)} clips, which must hold it")
+
+def foretold_time(b, pair)->Row:
+    "`featsd_size --like` a small extraction, against the clock of a larger one"
+    few, many, ratio = (2, 4, []) if b.quick else (16, 48, [])
+    for r in range(1 if b.quick else 5):
+        def go(name, n): return extract(b.scratch/f"{name}_{r}", pair=pair, quant="fp32", max_samples=n, chunk_size=10 * few // 2, seed=b.seed, progress=False)  # noqa: B023
+        small = go("few", few)
+        began = time.perf_counter()
+        go("many", many)
+        ratio.append(foretold_seconds(small, 10 * many)[0] / (time.perf_counter() - began))
+        b.tick()
+    return spread("size_time", "store: time that featsd_size foretells over that of the extraction", ratio, at_least=.75, at_most=1.25, note=f"{10 * many} pairs of the built-in pair from half of {10 * few}")
 
 # %% ../nbs/07_bench.ipynb #cell017
 def gemms(x, down, up): # [n, D], [D, K], [K, D]
@@ -271,11 +306,11 @@ def step_of(trainer, batch):
     trainer.train = One()
     return timed(lambda r: trainer.train_epoch(1))
 
-@bench(110, 4, 1e9, .1e9)
+@bench(135, 7, 1e9, .1e9)
 def bench_training(b):
     D, n = 4096, 40 if b.quick else 512
     states = made_up(b.scratch/"training", n, D, streams=("target", "draft_forced"), seed=b.seed, tick=b.tick)
-    def trainer(cache): return HiddenAdapterTrainer(create_adapter(1, D), states, states.subset([0]), batch_size=8 if b.quick else 64, cache_bytes=cache, seed=b.seed)
+    def trainer(cache, **k): return HiddenAdapterTrainer(new_adapter(1, states.manifest, None, b.seed), states, states.subset([0]), batch_size=8 if b.quick else 64, cache_bytes=cache, seed=b.seed, **k)
     memory, disk = trainer(2**50), trainer(0)
     same(memory.train.rows is not None and disk.train.rows is None and memory.train.steps == -(-n // disk.train.batch_pairs), "both loops ran from one place")
     seconds, _ = b({"memory": timed(lambda r: memory.train_epoch(1)), "disk": timed(lambda r: disk.train_epoch(1))}, 1 if b.quick else 7, on_cpu=False)
@@ -289,7 +324,22 @@ def bench_training(b):
     rate = {k: flop / np.median(v) / 1e9 for k, v in seconds.items()}
     rows.append(spread("gemm", "training: GFLOP/s of an L1 step over those of its matrix products alone", over(seconds["gemm"], seconds["step"]),
                        note=f"{rate['step']:.0f} and {rate['gemm']:.0f} GFLOP/s; the step adds norms, loss, clipping and AdamW"))
-    return [*rows, Row("autocast", "training: gain of bf16 autocast and of torch.compile", note="no options of featsd_train")]
+    return rows + faster_steps(b, trainer, batch)
+
+def faster_steps(b, trainer, batch)->list: # Row
+    "What the options of `featsd_train` gain over a plain step on one batch"
+    plain_one, arms, rows = trainer(2**50), {}, []
+    arms["plain"] = step_of(plain_one, batch)
+    for name, words in (("autocast", "bf16 autocast"), ("compiled", "torch.compile")):
+        try: arms[name] = step_of(trainer(2**50, **{name: True}), batch)
+        except FeatsdError as e: rows.append(Row(name, f"training: an L1 step with {words} over one without", note=str(e)))
+    seconds, results = b(arms, 2 if b.quick else 9)
+    for name, words in (("autocast", "bf16 autocast"), ("compiled", "torch.compile")):
+        if name not in arms: continue
+        off = max(abs(a["train_loss"] - p["train_loss"]) / p["train_loss"] for a, p in zip(results[name], results["plain"], strict=True))
+        same(off < 1e-2, f"{words}: losses differ by {off:.1e} of them, expected at most 1e-2")
+        rows.append(spread(name, f"training: an L1 step with {words} over one without", over(seconds["plain"], seconds[name]), note=f"width {batch[0].shape[-1]}, {len(batch[0])} positions; losses within {off:.0e}; off unless asked for"))
+    return rows
 
 # %% ../nbs/07_bench.ipynb #cell019
 def peak_rss()->int:

@@ -105,6 +105,8 @@ def featsd_train(
     seed:int=0, # same seed, same history
     output_dir:str="checkpoints/hidden_adapter", # the run's folder L{level}_{time} is made here
     device:str=None, # cpu, cuda, cuda:0, …; default cuda where there is one
+    autocast:store_true=False, # bfloat16 products in training; `featsd_bench --only training` says whether that is faster here
+    compiled:store_true=False, # a compiled step, which needs a C++ compiler or a GPU; the same question
     resume:store_true=False, # go on with the newest run of the same settings and data
     progress:bool=True, # no bar
 ):
@@ -116,7 +118,7 @@ def featsd_train(
     results = train_levels(train_data, val_data, adapter_level, val_split=val_split, num_epochs=num_epochs, batch_size=batch_size, learning_rate=learning_rate,
                            early_stopping=early_stopping, bottleneck_dim=bottleneck_dim, num_blocks=num_blocks, num_heads=num_heads, num_layers=num_layers,
                            ffn_dim=ffn_dim, loss=loss, stream=stream, causal=causal, residual=residual, seed=seed, output_dir=output_dir, device=device,
-                           progress=progress, resume=resume)
+                           progress=progress, resume=resume, autocast=autocast, compiled=compiled)
     if not this_launch().first: return
     print(comparison_table(results))
     for r in results: print(r["folder"])
@@ -225,15 +227,20 @@ def featsd_size(pairs:int=63_080, # clips times questions
                 dtype:str="bf16", # bf16, fp16, fp32 or fp8
                 streams:str="target,draft_forced,draft_free", # what is kept of each pair
                 chunk_size:int=1000, # pairs a chunk
+               like:str=None, # a store extracted on this machine, a few clips are enough: its speed foretells the time
                ):
-    "Bytes that a planned extraction will take, within 1 % for the lengths given"
+    "Bytes that a planned extraction will take, within 1 % for the lengths given; with --like also its time"
     from featsd.core import FeatsdError
     from featsd.data.store import DTYPES, ROWS, expected_bytes
     names = tuple(s.strip() for s in streams.split(","))
     if dtype not in DTYPES or not set(names) <= set(ROWS):
         raise FeatsdError(f"expected dtype among {', '.join(DTYPES)} and streams among {', '.join(ROWS)}, found {dtype} and {streams}; choose from them")
+    if like:
+        from featsd.extract import foretold_seconds
+        seconds, done = foretold_seconds(like, pairs)
     n = expected_bytes(pairs, tokens, (dim, draft_dim or dim), dtype, names, chunk_size)
     print(f"{pairs} pairs of {tokens:g} tokens at width {dim} in {dtype}: {n} bytes ({n/1e9:.2f} GB), {n/pairs/1e3:.1f} KB a pair")
+    if like: print(f"{seconds/3600:.2f} h ({seconds:.0f} s) by one process at the speed of {done} pairs of {like} (estimate)")
 
 # %% ../nbs/commands.ipynb #cell012
 @call_parse

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pair_states', 'Stopped', 'stop_on_signals', 'read_clip', 'other_clip', 'chunk_pairs', 'devices_of', 'manifest_of',
-           'rounding', 'safe_name', 'extract', 'log_chunk', 'parse_pair', 'own_gpu', 'has_chunk', 'shortened', 'pack']
+           'rounding', 'safe_name', 'extract', 'log_chunk', 'foretold_seconds', 'parse_pair', 'own_gpu', 'has_chunk',
+           'shortened', 'pack']
 
 # %% ../nbs/01_extract.ipynb #scale000
 if __name__ == "__main__" and "__file__" in globals(): # before anything heavy is imported
@@ -208,6 +209,21 @@ def log_chunk(path, start, pairs, compute_s, write_s):
     "One line per chunk beside the store: speed is no part of its bytes"
     with suppress(OSError), open(path/"timings.jsonl", "a", encoding="utf-8") as f: # a full disk is the next chunk's to report
         f.write(json.dumps({"start": start, "pairs": pairs, "compute_ms": round(compute_s * 1e3), "write_ms": round(write_s * 1e3)}) + "\n")
+
+def foretold_seconds(path, pairs:int)->tuple: # seconds (estimate), pairs measured
+    "Time of an extraction of `pairs` pairs, from what a smaller one of the same pair took: chunk by chunk, its first left out where there are more"
+    file, rows = Path(path)/"timings.jsonl", []
+    try:
+        with open(file, encoding="utf-8") as f: lines = f.read(2**24).splitlines() # two hundred thousand chunks
+    except (OSError, UnicodeDecodeError): raise FeatsdError(f"{file}: expected the times of an extraction, found no such file; name a store that featsd_extract wrote here") from None
+    for line in lines:
+        try: r = json.loads(line); rows.append((r["pairs"], r["compute_ms"] + r["write_ms"]))
+        except (ValueError, KeyError, TypeError): continue # the end of a killed process's line
+    rows = [r for r in rows if all(type(x) is int and x > 0 for x in r)]
+    rows = rows[1:] or rows # the first one also warmed up
+    if not rows: raise FeatsdError(f"{file}: expected the times of one chunk or more, found none; extract some pairs first")
+    n, ms = map(sum, zip(*rows, strict=True))
+    return pairs * ms / n / 1e3, n
 
 def parse_pair(pair, quant)->Pair:
     "A `Pair` from itself, from a name, or from draft=FOLDER,target=FOLDER"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FEATURE_LOSSES', 'THRESHOLDS', 'STUDY', 'SMALL', 'SIZES', 'parse_loss', 'needs_head', 'blockwise_head_loss',
            'objective', 'align', 'token_hits', 'evaluate', 'seeded', 'cosine_lr', 'check_match', 'HiddenAdapterTrainer',
-           'in_blocks', 'level_defaults', 'parse_levels', 'one_level', 'new_adapter', 'open_data', 'fingerprint',
-           'describe_data', 'draw_history', 'save_curves', 'check_writable', 'new_folder', 'what_differs', 'find_run',
-           'Run', 'read_result', 'check_settings', 'choose_device', 'make_config', 'run_training', 'train_adapter',
-           'train_levels', 'comparison_table']
+           'in_blocks', 'compiled_step', 'level_defaults', 'parse_levels', 'one_level', 'new_adapter', 'open_data',
+           'fingerprint', 'describe_data', 'draw_history', 'save_curves', 'check_writable', 'new_folder',
+           'what_differs', 'find_run', 'Run', 'read_result', 'check_settings', 'choose_device', 'make_config',
+           'run_training', 'train_adapter', 'train_levels', 'comparison_table']
 
 # %% ../nbs/02_train.ipynb #scale000
 if __name__ == "__main__" and "__file__" in globals(): # before anything heavy is imported
@@ -155,8 +155,11 @@ class HiddenAdapterTrainer:
                  seed=0, device="cpu",
                  cache_bytes=2**30,    # larger data is streamed from disk
                  team=None,            # processes that train together, see `Team`
+                 autocast=False,       # bfloat16 products in training; weights, losses and validation stay float32
+                 compiled=False,       # `torch.compile` of adapter and loss; dropout draws in another order
                 ):
-        self.team = team or Team()
+        self.team, self.autocast = team or Team(), autocast
+        self.align, self.objective = compiled_step(device, self.team) if compiled else (align, objective)
         self.head = train.head() if head is None else head
         self.terms = parse_loss(loss)
         for states in (train, val): check_match(adapter, states, self.head)
@@ -186,6 +189,16 @@ def in_blocks(h_draft, mask, h_target, ids, block_bytes=2**22): # yields batches
     if mask is not None or h_draft.device.type != "cpu" or len(h_draft) <= step: yield h_draft, mask, h_target, ids
     else: yield from zip(h_draft.split(step), [None] * len(h_draft), h_target.split(step), [None] * len(h_draft) if ids is None else ids.split(step), strict=False)
 
+# %% ../nbs/02_train.ipynb #fast002
+def compiled_step(device, team=None): # (align, objective)
+    "Both through `torch.compile`, for any number of rows; an error where there is no compiler, before any data is read"
+    if team is not None and not team.alone:
+        raise FeatsdError("compiled: several processes share their dropout in a way that cannot be compiled; train with one process, or leave it out")
+    try: torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as e:  # noqa: BLE001, whatever the compiler's tools raise
+        raise FeatsdError(f"compiled: expected a compiler for {device}, found none that works ({' '.join(str(e).split())[:120]}); install g++, or leave it out") from None
+    return torch.compile(align, dynamic=True), torch.compile(objective, dynamic=True)
+
 # %% ../nbs/02_train.ipynb #cell016
 def _train_epoch(self, epoch, # 1, 2, …
                  on_step=None, # called now and then with (positions since the last call, loss, cos)
@@ -210,9 +223,11 @@ def _train_epoch(self, epoch, # 1, 2, …
             self.optimizer.zero_grad()
             seen = torch.zeros(2, device=h_target.device)
             for block in in_blocks(h_draft, mask, h_target, ids): # the gradient of a mean is the mean of the blocks' gradients
-                with self.team.part(*block) as (h, m, t, i): aligned = align(self.adapter, h, m)
+                with self.team.part(*block) as (h, m, t, i), self._precision(): aligned = self.align(self.adapter, h, m)
                 if not len(t): continue # this process's share of a short block
-                loss, share = objective(self.terms, aligned, t, self.head, i), len(aligned) / len(h_target)
+                aligned = aligned.float()
+                with self._precision(): loss = self.objective(self.terms, aligned, t, self.head, i)
+                share = len(aligned) / len(h_target)
                 (loss * share).backward()
                 seen += share * torch.stack([loss.detach(), F.cosine_similarity(aligned.detach(), t, dim=-1).mean()])
             seen = self.team.sum_gradients(self.adapter.parameters(), seen)
@@ -227,7 +242,9 @@ def _validate(self)->dict:
     "`evaluate` on the validation pairs"
     return evaluate(self.adapter, self.val, self.terms, self.head, self.team)
 
-HiddenAdapterTrainer.train_epoch, HiddenAdapterTrainer.validate = _train_epoch, _validate
+def _precision(self): return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast)
+
+HiddenAdapterTrainer.train_epoch, HiddenAdapterTrainer.validate, HiddenAdapterTrainer._precision = _train_epoch, _validate, _precision
 
 # %% ../nbs/02_train.ipynb #cell017
 def _fit(self, on_epoch=None, # called with the trainer after each epoch
@@ -506,6 +523,8 @@ def train_adapter(train_data,             # store folder, the study's .pt or chu
                   weight_decay=.01,       # AdamW's default, and the study's
                   grad_clip=1.,           # largest norm of the gradient, the study's
                   cache_bytes=2**30,      # larger data is streamed from disk in every epoch
+                  autocast=False,         # bfloat16 products; whether that is faster here, `featsd_bench --only training` says
+                  compiled=False,         # `torch.compile`; the same question
                  )->dict: # see `read_result`
     "Train one adapter into a folder of its own"
     check_settings(num_epochs=num_epochs, batch_size=batch_size, learning_rate=learning_rate, early_stopping=early_stopping, seed=seed,
@@ -522,14 +541,16 @@ def train_adapter(train_data,             # store folder, the study's .pt or chu
     batch_size, lr, head = own.pop("batch_size"), own.pop("learning_rate"), train.head()
     adapter = new_adapter(level, train.manifest, head, seed, residual=residual, **own, **({"causal": causal} if level == 4 else {}))
     training = dict(loss=loss, stream=stream, num_epochs=num_epochs, batch_size=batch_size, learning_rate=lr, early_stopping=early_stopping, seed=seed,
-                    weight_decay=weight_decay, grad_clip=grad_clip, batches_from="memory" if state_bytes(train, stream) <= cache_bytes else "disk")
+                    weight_decay=weight_decay, grad_clip=grad_clip, batches_from="memory" if state_bytes(train, stream) <= cache_bytes else "disk",
+                    **{k: True for k, on in (("autocast", autocast), ("compiled", compiled)) if on})
     config = make_config(adapter, train, val, training, device)
     team = Team(launch, device)
     folder, started = team.tell(lambda: find_run(resume, output_dir, level, config) if resume else (None, None))
     folder = folder and Path(folder)
     if started and "result" in started: return read_result(folder)
     trainer = HiddenAdapterTrainer(adapter, train, val, loss=loss, head=head, stream=stream, lr=lr, weight_decay=weight_decay, batch_size=batch_size,
-                                   num_epochs=num_epochs, patience=early_stopping, grad_clip=grad_clip, seed=seed, device=device, cache_bytes=cache_bytes, team=team)
+                                   num_epochs=num_epochs, patience=early_stopping, grad_clip=grad_clip, seed=seed, device=device, cache_bytes=cache_bytes, team=team,
+                                   autocast=autocast, compiled=compiled)
     return run_training(trainer, Run(output_dir, level, started or config, folder), progress)
 
 # %% ../nbs/02_train.ipynb #cell032

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from featsd.core import FeatsdError
 from featsd.data.store import open_states
+from featsd.extract import foretold_seconds
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 FLAGS = "--quant fp32 --split test --chunked --chunk_size 10 --max_questions 5".split()
@@ -145,3 +147,16 @@ def test_a_draft_on_the_cpu_and_a_target_on_the_gpu(tmp_path):
     from featsd.extract import extract
     path = extract(tmp_path, pair=f"draft={WEIGHTS}/draft?device=cpu,target={WEIGHTS}/target?device=cuda:0", split="test", quant="fp32", max_samples=2, progress=False)
     assert open_states(path).manifest["devices"] == {"target": "cuda:0", "draft": "cpu"}
+
+
+def test_time_foretold_from_a_smaller_extraction(tmp_path):
+    (tmp_path/"timings.jsonl").write_text('{"start": 0, "pairs": 10, "compute_ms": 9000, "write_ms": 1000}\n{"start": 10, "pairs": 10, "compute_ms": 900, "write_ms": 100}\n'
+                                          '{"start": 20, "pairs": 20, "compute_ms": 2900, "write_ms": 100}\n{"start": 40, "pa')
+    assert foretold_seconds(tmp_path, 300) == (300 * 4 / 30, 30) # without the first chunk, which also warmed up, and a torn line
+    (tmp_path/"timings.jsonl").write_text('{"start": 0, "pairs": 10, "compute_ms": 900, "write_ms": 100}\n')
+    assert foretold_seconds(tmp_path, 30) == (3., 10)
+    for text in ("", "[]\nnull\n{}", '{"pairs": -1, "compute_ms": 1, "write_ms": 1}'):
+        (tmp_path/"timings.jsonl").write_text(text)
+        with pytest.raises(FeatsdError, match="expected the times of one chunk or more, found none"): foretold_seconds(tmp_path, 30)
+    (tmp_path/"timings.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(FeatsdError, match="expected the times of an extraction"): foretold_seconds(tmp_path, 30)

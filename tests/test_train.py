@@ -286,6 +286,32 @@ def test_same_seed_same_history(store, quick, level, cache_bytes):
     assert all(torch.equal(pa[k], pb[k]) for k in pa)
 
 
+@pytest.mark.parametrize("level", [1, 4])
+@pytest.mark.parametrize("loss", ["mse_cos", "kl"])
+def test_options_of_speed_change_the_arithmetic_and_not_the_result(store, quick, level, loss):
+    plain, bf16 = (train_adapter(store, adapter_level=level, loss=loss, **quick, **k) for k in ({}, {"autocast": True}))
+    assert plain["history"]["train_loss"] != bf16["history"]["train_loss"]
+    assert bf16["history"]["val_loss"] == pytest.approx(plain["history"]["val_loss"], rel=.03) # bfloat16 has 8 bits
+    weights = torch.load(bf16["best_model"], weights_only=True)["model_state_dict"]
+    assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
+    said = read_json(Path(bf16["folder"])/"config.json")["training"]
+    assert said["autocast"] is True and "autocast" not in read_json(Path(plain["folder"])/"config.json")["training"]
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler: torch.compile has nothing to compile with")
+def test_a_compiled_step_learns_the_same(store, quick):
+    plain, compiled, again = (train_adapter(store, loss="kl", **quick, **k) for k in ({}, {"compiled": True}, {"compiled": True}))
+    assert compiled["history"]["val_loss"] == pytest.approx(plain["history"]["val_loss"], rel=1e-2) # dropout draws in another order
+    assert again["history"] == compiled["history"]
+
+
+def test_without_a_compiler_compiled_says_so(store, quick, monkeypatch):
+    def none(f, **k): raise RuntimeError("No working C++ compiler found")
+    monkeypatch.setattr(torch, "compile", none)
+    with pytest.raises(FeatsdError, match="compiled: expected a compiler for cpu.*No working C.*leave it out"): train_adapter(store, **quick, compiled=True)
+    assert not list(quick["output_dir"].glob("*"))
+
+
 def test_training_leaves_the_global_randomness_alone(store, quick):
     torch.manual_seed(3)
     want = torch.randn(3)
@@ -531,7 +557,7 @@ def test_a_step_in_blocks_is_the_step_of_the_whole_batch(monkeypatch):
         adapter = T.create_adapter(1, 16, bottleneck_dim=8, dropout=0.)
         feed = type("F", (), {"epoch": lambda self, seed: iter([(h, None, t, None)] * 3)})()
         vars(trainer).update(adapter=adapter, train=feed, terms=T.parse_loss("mse_cos"), head=None, lr=1e-2, num_epochs=5, seed=0, device="cpu", grad_clip=1.,
-                             optimizer=torch.optim.SGD(adapter.parameters(), lr=1e-2))
+                             team=T.Team(), autocast=False, align=T.align, objective=T.objective, optimizer=torch.optim.SGD(adapter.parameters(), lr=1e-2))
         return trainer.train_epoch(1), torch.cat([p.detach().flatten() for p in adapter.parameters()])
     (a, w), (b, v) = trained(2**22), trained(16 * 64)
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-6) and a["train_cos_sim"] == pytest.approx(b["train_cos_sim"], rel=1e-5)
