@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .core import FeatsdError, lib_versions, read_json
+from .core import FeatsdError, lib_versions, log, read_json
 from .data.chunk import StoreError, chunk_file, read_sidecar
 from .data.clips import open_clips
 from .data.launch import Claims, this_launch
@@ -79,7 +79,7 @@ class stop_on_signals(ContextDecorator):
     def stop(self, number, frame): raise Stopped(number)
     def __exit__(self, kind, e, tb):
         for s in self.old if kind is Stopped else (): signal.signal(s, signal.SIG_IGN) # a second one changes nothing any more
-        if kind is Stopped and (said := getattr(e, "said", self.said)): print(said, file=sys.stderr)
+        if kind is Stopped and (said := getattr(e, "said", self.said)): log.warning(said)
         for s, handler in self.old.items(): signal.signal(s, handler)
         if kind is Stopped: raise SystemExit(e.code) from None
 
@@ -190,6 +190,7 @@ def extract(output_dir="hidden_states", # folder for the store
                 began = time.perf_counter()
                 pairs, skipped = chunk_pairs(pair, clips, questions, start, stop, max_new_tokens, wrong_clip, batch_clips, moved)
                 unread += skipped
+                for clip, why in skipped: log.warning(f"clip {clip} is skipped: {why}")
                 if strict and skipped: raise FeatsdError(f"clip {skipped[0][0]} cannot be read ({skipped[0][1]}); mend it, or leave out --strict to count and skip it")
                 computed = time.perf_counter()
                 writer.write_chunk(start, pairs, skipped, stop)

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .adapters import HEAD_LOSSES, LEVELS, check_depth, check_head, create_adapter, feature_loss, head_loss, read_checkpoint, save_checkpoint
-from .core import FeatsdError, atomic_write, lib_versions, read_json, write_json
+from .core import FeatsdError, atomic_write, lib_versions, log, read_json, write_json
 from .data.feed import Feed, choose_stream, state_bytes
 from .data.launch import this_launch
 from .data.store import VOLATILE, StoreLock, open_states
@@ -496,7 +496,7 @@ def run_training(trainer, run, progress):
         trainer.fit(run if team.first else None, progress and team.first)
         return team.tell(lambda: run.finish(trainer))
     except KeyboardInterrupt:
-        if run.folder and team.first: print(f"\n{run.folder}: interrupted after epoch {trainer.epoch}; the same command with --resume goes on", file=sys.stderr)
+        if run.folder and team.first: log.warning(f"{run.folder}: interrupted after epoch {trainer.epoch}; the same command with --resume goes on")
         raise
     finally: run.close()
 

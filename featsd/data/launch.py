@@ -19,7 +19,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import FeatsdError
+from ..core import FeatsdError, log
 from .watch import die_with_parent
 
 # %% ../../nbs/data/20_launch.ipynb #cell005
@@ -108,7 +108,7 @@ def supervise(argv, n:int, # processes
     if bad is None: return 0
     r, p = bad
     how = f"was killed by signal {-p.returncode}" if p.returncode < 0 else f"ended with status {p.returncode}"
-    print(f"process {r} of {n} (pid {p.pid}) {how}, the others were stopped; what is done is safe, run the same command again (training: with --resume)", file=sys.stderr)
+    log.error(f"process {r} of {n} (pid {p.pid}) {how}, the others were stopped; what is done is safe, run the same command again (training: with --resume)")
     return 128 - p.returncode if p.returncode < 0 else p.returncode
 
 # %% ../../nbs/data/20_launch.ipynb #cell013

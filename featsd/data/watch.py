@@ -12,12 +12,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-from ..core import FeatsdError
+from ..core import FeatsdError, log
 
 # %% ../../nbs/data/19_watch.ipynb #cell005
 class Heartbeat:
@@ -103,7 +102,7 @@ def watch(argv, # type: ignore[return] # command of the child
           hung_s=1800., # so long without a pair: hung, though the heart beats; also for loading the models and for packing
           poll_s=1., # between two looks
           patience_s=120., # that a child gets to end after a signal
-          say=lambda line: print(line, file=sys.stderr, flush=True),
+          say=log.warning,
          )->int: # exit status: the child's, 128 + signal for one that was killed
     "Run a child until it ends well, is told to stop, or has crashed once more than `max_restarts` times"
     if max_restarts < 0: raise FeatsdError(f"max_restarts {max_restarts}: expected 0 or more")
