@@ -43,7 +43,6 @@ def show_log(env=os.environ):
     if level not in (names := ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")): raise FeatsdError(f"FEATSD_LOG={level}: expected one of {', '.join(names)}")
     log.setLevel(level)
     if not any(isinstance(h, _AboveBars) for h in log.handlers): log.addHandler(_AboveBars())
-    log.propagate = False
 
 # %% ../nbs/core.ipynb #cell006
 def command(fn):

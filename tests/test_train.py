@@ -407,14 +407,14 @@ def test_other_settings_or_data_are_another_run(store, tmp_path, quick):
     with pytest.raises(FeatsdError, match="head_hash"): train_adapter(other, resume=a["folder"], **quick)
 
 
-def test_an_interrupted_run_says_how_to_go_on(store, quick, monkeypatch, capsys):
+def test_an_interrupted_run_says_how_to_go_on(store, quick, monkeypatch, caplog):
     real = T.Run.__call__
     def ctrl_c(self, trainer):
         real(self, trainer)
         if trainer.epoch == 2: raise KeyboardInterrupt
     monkeypatch.setattr(T.Run, "__call__", ctrl_c)
     with pytest.raises(KeyboardInterrupt): train_adapter(store, **quick)
-    assert "interrupted after epoch 2; the same command with --resume goes on" in capsys.readouterr().err
+    assert "interrupted after epoch 2; the same command with --resume goes on" in caplog.text
 
 
 class Evil:
