@@ -319,7 +319,7 @@ class States:
                 batch_pairs=64, # pairs a batch; the last one may be smaller
                 shuffle_seed=None, # None: in order
                 dtype=torch.float32, # of the batch
-                block_bytes=None, # stored bytes read as one block; default 32 MB, shuffled 16 MB: all blocks of a window are resident
+                block_bytes=None, # stored bytes read as one block; default 32 MB, shuffled 8 MB: all blocks of a window are resident
                 window=16, # blocks alive at once when shuffling
                 flat=False, # rows one after another instead of padded
                ): # iterator of Batch
@@ -328,7 +328,7 @@ class States:
             raise StoreError(f"{self.path}: expected a stream among {', '.join(s for s in self.manifest['streams'] if s != 'target')}, found {stream!r}; choose one")
         rng = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
         mix = (lambda x: x) if rng is None else (lambda x: [x[k] for k in rng.permutation(len(x))])
-        blocks, pending, width = mix(self._blocks(stream, block_bytes or (2**25 if rng is None else 2**24))), [], 1 if rng is None else window
+        blocks, pending, width = mix(self._blocks(stream, block_bytes or (2**25 if rng is None else 2**23))), [], 1 if rng is None else window
         for at in range(0, len(blocks), width):
             alive = [(self.source.open(self.source.where[self._keep[b[0]]][0]), b) for b in blocks[at:at + width]]
             pending += mix([(rows, i) for rows, b in alive for i in b])
