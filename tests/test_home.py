@@ -52,7 +52,7 @@ read = E.read_clip
 E.read_clip = lambda clips, i: (None, "cut short") if i == {clip} else read(clips, i)
 sys.argv = "featsd_extract --output_dir {folder} --quant fp32 --split test --max_samples 2 --max_questions 1 --chunked".split()
 featsd_extract()""")
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script], env=env, cwd=folder.parent, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr
 
 
