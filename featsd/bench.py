@@ -34,6 +34,7 @@ from .adapters import LEVELS, create_adapter, load_any_adapter
 from .assist import assisted_generate
 from .compare import Watch, quiet_clock, run_comparison
 from .core import FeatsdError, lib_versions, write_json
+from .data.answers import clip_bootstrap
 from .data.chunk import chunk_file, chunk_starts, decode_rows, encode_rows
 from .data.clips import open_clips
 from .data.feed import Feed
@@ -272,9 +273,8 @@ def fp8_loss(b, pair)->Row:
     size = np.array([f.positions for f in feeds])
     loss = {k: np.array([evaluate(load_any_adapter(r["best_model"])[0], f, parse_loss("kl"), head)["val_loss"] for f in feeds]) for k, r in runs.items()}
     mean = {k: float((v * size).sum() / size.sum()) for k, v in loss.items()}
-    drawn = np.random.default_rng(b.seed).integers(0, len(size), (2000, len(size)))
-    low, high = np.quantile((loss["bf16"] * size)[drawn].sum(1) / size[drawn].sum(1), [.025, .975]) / mean["bf16"]
-    value = mean["fp8"] / mean["bf16"]
+    interval = clip_bootstrap(loss["bf16"] * size, list(range(len(size))), 2000, b.seed, weights=size)
+    value, low, high = (x / mean["bf16"] for x in (mean["fp8"], interval.low, interval.high))
     return Row("fp8_loss", "store: loss on held-out clips learned from fp8 over that from bf16", value, low, high, len(size), met=bool(low <= value <= high),
                note=f"KL {mean['fp8']:.4f} and {mean['bf16']:.4f} nats; in brackets the 95 % interval of the latter over {len(size)} clips, which must hold it")
 
@@ -328,13 +328,12 @@ def bench_training(b):
 
 def faster_steps(b, trainer, batch)->list: # Row
     "What the options of `featsd_train` gain over a plain step on one batch"
-    plain_one, arms, rows = trainer(2**50), {}, []
-    arms["plain"] = step_of(plain_one, batch)
-    for name, words in (("autocast", "bf16 autocast"), ("compiled", "torch.compile")):
+    arms, rows, options = {"plain": step_of(trainer(2**50), batch)}, [], {"autocast": "bf16 autocast", "compiled": "torch.compile"}
+    for name, words in options.items():
         try: arms[name] = step_of(trainer(2**50, **{name: True}), batch)
         except FeatsdError as e: rows.append(Row(name, f"training: an L1 step with {words} over one without", note=str(e)))
     seconds, results = b(arms, 2 if b.quick else 9)
-    for name, words in (("autocast", "bf16 autocast"), ("compiled", "torch.compile")):
+    for name, words in options.items():
         if name not in arms: continue
         off = max(abs(a["train_loss"] - p["train_loss"]) / p["train_loss"] for a, p in zip(results[name], results["plain"], strict=True))
         same(off < 1e-2, f"{words}: losses differ by {off:.1e} of them, expected at most 1e-2")
