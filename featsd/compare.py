@@ -30,7 +30,7 @@ from .data.store import open_states
 from .decode import OracleDraft, check_settings, encode_prompt, logits_along, plain_decode, speculative_decode
 from .drafters import NEEDS, AlignedDraft, Cascade, FreeRunDraft
 from .extract import extract, parse_pair, read_clip
-from .makers import TRAIN_ONE, adapters_of, build_drafters, read_words, training_words, word_experts, words_file
+from .makers import TRAIN_ONE, adapters_of, build_drafters, read_words, training_words, word_experts
 from .metrics import TimingConfig
 from .models.lean import lean
 from .nulls import plain
@@ -534,7 +534,7 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
     notes = [f"{len(lost)} clips skipped: " + "; ".join(f"{i}: {why}" for i, why in lost[:3])] if lost else []
     tables = templates = states = None
     if needs & {"ngram", "template"}:
-        log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, 0, dataset_dir, words_file(pair, asked, word_clips, 0, dataset_dir, duration), batch_clips, progress, duration)
+        log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, 0, dataset_dir, True, batch_clips, progress, duration)
         if both := {c.id for c in held_out} & set(log.clips): raise FeatsdError(f"clip {sorted(both)[0]}: its answers are among the training words and it is to be compared on ({len(both)} such clips); hold clips out")
         tables, templates = word_experts(log, asked, pair.target.tokenizer_hash)
     prompts = []

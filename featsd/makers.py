@@ -29,10 +29,11 @@ from .nulls import answers_of
 # %% ../nbs/05a_makers.ipynb #cell005
 def training_words(pair, questions, clips=550, # training clips whose answers the tables are fitted on
                    start=0, # from this one on
-                   dataset_dir="pocket", path=None, # JSONL kept there, and read from there
+                   dataset_dir="pocket", path=None, # JSONL kept there, and read from there; True: in `words_file`, between commands
                    batch=8, progress=False, duration=None)->Answers:
     "The target's greedy answers on training clips; those that cannot be read are left out"
     data, rows = open_clips(dataset_dir, "train", clips, duration=duration, spread=True), []
+    if path is True: path = words_file(pair, questions, clips, start, dataset_dir, duration)
     if path is not None and Path(path).is_file():
         try: kept = read_answers(path)
         except FeatsdError as e:

@@ -23,7 +23,7 @@ from .data.figures import figure, save_png, write_html
 from .data.store import open_states
 from .decode import encode_prompt
 from .extract import extract
-from .makers import build_drafters, training_words, word_experts, words_file
+from .makers import build_drafters, training_words, word_experts
 from .metrics import SDConfig, aligner, metrics_of, print_metrics_report, score_states
 from .models.backbone import load_pair
 from .models.lean import lean
@@ -110,7 +110,7 @@ def demo(out="featsd_demo_out", # folder for everything
     val = open_states(extract(split="val", max_samples=n_val, wrong_clip=True, **common))
     words = answers_of(train)
     asked = open_clips("pocket", "train", 1).questions
-    if n_words > n_train: words = joined(words, training_words(pair, asked, n_words, n_train, path=words_file(pair, asked, n_words, n_train), progress=progress))
+    if n_words > n_train: words = joined(words, training_words(pair, asked, n_words, n_train, path=True, progress=progress))
 
     say("Train: adapters L1 to L4 on cosine and squared error, then the best level through the target's head")
     settings = dict(output_dir=str(out/"checkpoints"), num_epochs=epochs, early_stopping=6, seed=seed, progress=progress)

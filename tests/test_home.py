@@ -22,7 +22,7 @@ def test_words_are_made_once_per_target_data_and_questions(pair, tmp_path, monke
     monkeypatch.setenv("FEATSD_HOME", str(tmp_path))
     asked, calls, generate = open_clips("pocket", "train", 1).questions[:2], [], pair.target.generate
     monkeypatch.setattr(pair.target, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-    def words(questions=asked, clips=3, start=0): return M.training_words(pair, questions, clips, start, path=M.words_file(pair, questions, clips, start))
+    def words(questions=asked, clips=3, start=0): return M.training_words(pair, questions, clips, start, path=True)
     first, again = words(), words()
     assert len(calls) == 1 and len(first) == 6 and [i.tolist() for i in first.target_ids] == [i.tolist() for i in again.target_ids]
     words(asked[:1]), words(clips=2), words(start=1)

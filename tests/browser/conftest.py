@@ -50,7 +50,7 @@ def lab(chromium, tmp_path_factory):
     setting("docmanager-extension:plugin", "autosave", False)
     env = os.environ | {f"JUPYTER_{k}": str(home/v) for k, v in (("CONFIG_DIR", "config"), ("DATA_DIR", "data"), ("RUNTIME_DIR", "runtime"))}
     env |= {f"JUPYTERLAB_{k.upper()}_DIR": str(home/k) for k in ("settings", "workspaces")}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FEATSD_SHARED_DATA": os.environ.get("FEATSD_SHARED_DATA") or str(ROOT.parent/"shared"/"data")}
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,6 +1,7 @@
 "The explorers in JupyterLab, moved by keyboard: what the page shows is what Python computes, in both themes"
 import shutil
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -236,16 +237,24 @@ def test_sliders_answer_the_keyboard(lab, open_lab, shots):
     for what, ms in p.ms.items(): print(f"{what}: {statistics.median(ms):.0f} ms from key to page, {max(ms):.0f} ms at most, n = {len(ms)}")
 
 
-@pytest.mark.parametrize("path", ["nbs/explore/sliders.ipynb", "nbs/03_metrics.ipynb", "nbs/04_timeline.ipynb"])
+BOXES = {"nbs/explore/sliders.ipynb": 4, "nbs/03_metrics.ipynb": 1, "nbs/04_timeline.ipynb": 1} # notebooks with controls; the other explorers have pictures only
+
+
+@pytest.mark.parametrize("path", [*BOXES, *sorted({f"nbs/explore/{p.name}" for p in (ROOT/"nbs"/"explore").glob("*.ipynb")} - {*BOXES})])
 def test_notebooks_in_the_lab(lab, open_lab, shots, path):
     root = lab[2]
-    for name in (path, "figures/demo.json"):
+    for name in (path, "settings.ini", "figures/demo.json", "figures/study.json"):
         (root/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT/name, root/name)
     boxes = [i for i, c in enumerate(nbformat.read(ROOT/path, 4).cells) if c.source == "#| eval: false\nbox"]
-    assert len(boxes) == (4 if "sliders" in path else 1)
+    assert len(boxes) == BOXES.get(path, 0)
     p = open_lab(path)
+    start = time.monotonic()
     p.run_all(300)
+    print(f"{path}: {time.monotonic() - start:.0f} s in the lab")
+    pictures = p.page.locator(".jp-Notebook .jp-OutputArea img")
+    assert all(pictures.nth(i).evaluate("n => n.decode().then(() => n.naturalWidth)") > 100 for i in range(pictures.count()))
+    p.page.screenshot(path=shots/f"{Path(path).stem}.png")
     for k, i in enumerate(boxes):
         p.show(i)
         figure = p.cell(i).locator(".js-plotly-plot").count()
