@@ -8,8 +8,8 @@ __all__ = ['BENCHES', 'STATE_TOLERANCE', 'Row', 'spread', 'bench_table', 'Unequa
            'bench_store', 'fp8_loss', 'foretold_time', 'gemms', 'step_of', 'bench_training', 'faster_steps', 'peak_rss',
            'stream_a_store', 'elsewhere', 'bench_memory', 'seed_metrics', 'known_cosines', 'bench_metrics',
            'bare_decode', 'prompts_of', 'bench_decoding', 'small_adapter', 'engine_row', 'bench_speculation',
-           'comparison_rows', 'bench_adapters', 'bench_startup', 'machine', 'about_line', 'scratch_folder', 'run_bench',
-           'bench_report']
+           'comparison_rows', 'bench_adapters', 'bench_startup', 'bench_explorer', 'machine', 'about_line',
+           'scratch_folder', 'run_bench', 'bench_report']
 
 # %% ../nbs/07_bench.ipynb #cell002
 import contextlib
@@ -41,8 +41,9 @@ from .data.feed import Feed
 from .data.store import PairStates, StoreWriter, expected_bytes, open_states
 from .decode import encode_prompt, plain_decode, speculative_decode
 from .drafters import make_drafter
+from .explore import SHOW, THRESHOLDS, threshold_explorer
 from .extract import Stopped, extract, foretold_seconds, pair_states, stop_on_signals
-from .metrics import SDConfig, TimingConfig, compute_all_metrics_parallel, seed_speedups
+from .metrics import Scores, SDConfig, TimingConfig, compute_all_metrics_parallel, seed_speedups
 from .models.backbone import load_pair
 from .models.lean import lean
 from .nulls import plain
@@ -547,6 +548,17 @@ def bench_startup(b):
     same(all("--runs" in out for out in results["help"]), "--help did not explain its flags")
     bare = f"whole process; an empty one takes {np.median(seconds['python']):.2f} s"
     return [spread("help", "start-up: featsd_adapters --help", seconds["help"], unit=" s", at_most=1, note=bare), spread("import", "start-up: import featsd", seconds["import"], unit=" s", at_most=.2, note=bare)]
+
+# %% ../nbs/07_bench.ipynb #sliders-fn
+@bench(4, 2)
+def bench_explorer(b):
+    N, T = 500 if b.quick else 10_000, 50
+    def scores(k):
+        rng = np.random.default_rng([b.seed, k])
+        return Scores(np.arange(0, N * T + 1, T), rng.random(N * T, np.float32), rank=rng.integers(0, 3, N * T).astype(np.int32), clips=[f"clip{i // 10}" for i in range(N)])
+    tau = threshold_explorer({n: scores(k) for k, n in enumerate(("adapter", *SHOW))}, "bench")[1]["tau"]
+    seconds, _ = b({"slider": timed(lambda r: setattr(tau, "value", THRESHOLDS[r % 40]))}, 3 if b.quick else 30)
+    return [spread("slider", f"explorer: from a moved threshold to its figures, {N:,} answers", [1e3 * s for s in seconds["slider"]], unit=" ms", at_most=100, note=f"of {T} tokens, with {len(SHOW)} baselines; in Python, a page draws on its own time")]
 
 # %% ../nbs/07_bench.ipynb #cell031
 def machine()->dict:

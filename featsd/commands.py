@@ -376,7 +376,7 @@ def featsd_replay(
 @command
 def featsd_bench(
     quick:store_true=False, # small sizes, in under two minutes: shows that every row runs, its figures mean nothing
-    only:str="", # names, commas between: extraction,store,training,memory,metrics,decoding,speculation,adapters,startup
+    only:str="", # names, commas between: extraction,store,training,memory,metrics,decoding,speculation,adapters,startup,explorer
     json:str=None, # also write machine, settings and rows to this file
     out:str=None, # made-up stores lie in a folder in here while they are needed; default: the system's temporary folder
     big_gb:float=8., # size of the made-up store that memory is measured on

@@ -62,8 +62,8 @@ def speedup_exact(prefix, # P(the first i+1 drafted tokens are accepted), i = 0.
     return (1 + sum(prefix[:gamma])) / _costs(gamma, c, v, o)
 
 def alpha_of(prefix)->float:
-    "The α whose endless iid run has the curve's mean run: m/(1+m)"
-    return sum(prefix) / (1 + sum(prefix))
+    "Accepted over tried tokens of a curve, Σp/(1 + Σp without the last): of an even curve its α, however short it is"
+    return sum(prefix) / (1 + sum(prefix[:-1]))
 
 # %% ../nbs/04_timeline.ipynb #cell011
 def verify_cost(timing:TimingConfig, K)->float: # ratio to a 1-token forward
@@ -126,7 +126,7 @@ class Plan:
         pays = f"γ = {self.gamma}" if self.gamma else "do not speculate per cycle"
         alpha = "none" if self.break_even_alpha is None else f"{self.break_even_alpha:.2f}"
         return (f"plan ({'measured' if self.measured_times else 'assumed'} times): {pays}; estimates: seed formula {self.seed:.2f}x, iid {self.iid:.2f}x, exact {self.exact:.2f}x, "
-                f"bound {self.bound:.2f}x ({self.bound_e2e:.2f}x end to end); {self.k_free} free tokens alone {self.free:.2f}x end to end; c {self.c:.2f}, pays below {self.largest_c:.2f}; α {self.alpha:.2f}, pays above {alpha}")
+                f"bound {self.bound:.2f}x ({self.bound_e2e:.2f}x end to end); {self.k_free} tokens drafted behind the target's prefill alone {self.free:.2f}x end to end, if both models run at once, which the bound allows; c {self.c:.2f}, pays below {self.largest_c:.2f}; α {self.alpha:.2f}, pays above {alpha}")
 
 def plan(timing:TimingConfig, prefix, # prefix curve over a decoder's cycles, or {γ: curve}, the metrics' `cycle_prefix`
          n_out=50, # answer length
@@ -252,7 +252,7 @@ def timing_report(t:TimingConfig)->str:
     for at, side in ((3, "target"), (1, "draft")): rows[at:at] = [(f"  of it {w}", m[f"{side}_{w}"], f"{side}_{w}") for w in ("vision", "prompt") if f"{side}_{w}" in m]
     out = [f"{t.source}"]
     for name, v, key in rows: out.append(f"  {name:34} {v:9.3f} ms" + (f"  [{t.spread[key][0]:.3f}, {t.spread[key][1]:.3f}]" if key in t.spread else "") + f"  {label}")
-    out.append(f"  c = {t.c:.3f}" + "".join(f"  v({k}) = {v:.2f}" for k, v in sorted(t.verify.items())))
+    out.append(f"  c = {costs_of(t)[0]:.3f} (draft token, adapter and head in target tokens)" + "".join(f"  v({k}) = {v:.2f}" for k, v in sorted(t.verify.items())))
     return "\n".join(out)
 
 # %% ../nbs/04_timeline.ipynb #cell029
@@ -327,7 +327,7 @@ def curves_of(metrics:dict, # acceptance_metrics.json
 def run_timeline(output_dir="timeline", # timing.json, plan.json, stage_timeline.png go here
                  pair=None, clips=(), questions=(), adapter=None, runs=5, # what to measure, or …
                  timing=None, # … a TimingConfig
-                 metrics=None, # acceptance_metrics.json as a dict; None: stage times only
+                 metrics=None, # acceptance_metrics.json as a dict; None: stage times, and the most that any drafter could gain
                  gamma=5, n_out=50, out=print)->tuple: # TimingConfig, Plan or None
     "Stage times, plan and timeline of a pair; `out` prints them"
     timing = timing if timing is not None else measure_stages(pair, clips, questions, adapter, runs=runs)
@@ -335,7 +335,11 @@ def run_timeline(output_dir="timeline", # timing.json, plan.json, stage_timeline
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder/"timing.json", asdict(timing) | {"verify": {str(k): v for k, v in timing.verify.items()}})
     out(timing_report(timing))
-    if metrics is not None:
+    if metrics is None:
+        best = plan(timing, [1.] * 16, n_out)
+        out(f"before any adapter (estimate): if every drafted token were accepted, {best.exact:.2f}x at γ = {best.gamma or 'any'}; "
+            + ("nothing pays at these costs" if best.break_even_alpha is None else f"drafting pays above α = {best.break_even_alpha:.2f}") + "; --metrics adds the plan for a measured adapter")
+    else:
         by, first = curves_of(metrics)
         p = plan(timing, by, n_out, first)
         block = sum(by.get(gamma, by[max(by)])[:gamma])

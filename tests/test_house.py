@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT/"featsd"
 FLOOR = {"core"}
-SPINE = ["adapters", "extract", "verify", "train", "metrics", "nulls", "calibration", "timeline", "decode", "drafters", "makers", "assist", "compare", "replay", "report", "bench", "explore"]
+SPINE = ["adapters", "extract", "verify", "train", "metrics", "nulls", "calibration", "timeline", "decode", "drafters", "makers", "assist", "compare", "replay", "report", "explore", "bench"]
 TOP = {"commands", "docs", "__main__"}
 
 
