@@ -49,7 +49,7 @@ def _auroc(rank, hit, weight=None):
 # %% ../nbs/03b_calibration.ipynb #cell008
 BUCKETS = np.array([-1., *(i / 20 for i in range(21))], np.float32) # 20 of width .05, and everything below 0
 
-def share_by_clip(hit, clips, n_boot=400)->Interval:
+def share_by_clip(hit, clips, n_boot=400)->Interval | None:
     "Share of matches with a 95 % interval grouped by clip; None without positions"
     if len(hit) == 0: return None
     v = clip_bootstrap(hit, clips, n_boot)
@@ -283,7 +283,7 @@ def calibrate(m, # Measurement of the adapter on `test`
 
 def calibrate_to_folder(m, # Measurement, saved in `m.folder`
                         checkpoint, test_data, val_data=None, train_data=None, # paths
-                        n_boot=400)->Calibration: # None where no token was compared
+                        n_boot=400)->Calibration | None: # None where no token was compared
     "`calibrate` beside a measurement, from files; adds calibration.json, calibration.txt and pictures to its folder"
     if any(m.scores[s, m.name].rank is None for s in m.metrics): return None
     test, val = open_states(test_data), None if val_data is None else open_states(val_data)
@@ -292,7 +292,7 @@ def calibrate_to_folder(m, # Measurement, saved in `m.folder`
     c.save(m.folder)
     return c
 
-def worth_of_events(right, wrong, n_boot=400)->Interval:
+def worth_of_events(right, wrong, n_boot=400)->Interval | None:
     "Bits per token that the right clip's events bring: CE(fused | another clip, its own weights) − CE(fused | this clip), answer by answer"
     (a, tokens, clips), (b, same, _) = right.answers, wrong.answers
     return clip_bootstrap(b - a, clips, n_boot, weights=tokens) if np.array_equal(tokens, same) else None

@@ -315,14 +315,14 @@ class Comparison:
     runs: list = field(repr=False, default_factory=list) # [rows][prompts] Run
     lines: list = field(default_factory=list) # what was done before, such as fitted settings
 
-    def best(self, *kinds, key=None)->Row: # None if there is none
+    def best(self, *kinds, key=None)->Row | None: # None if there is none
         "The fastest row of some kinds; a broken one is none"
         have = [r for r in self.rows if r.kind in kinds and not r.broken]
         return max(have, key=key or (lambda r: r.measured.value), default=None)
 
     def of(self, *kinds, name=None): return [r for r in self.rows if r.kind in kinds and not r.broken and name in (None, r.name)]
 
-    def advantage(self, a, b, where=None)->Advantage: # None where a side is empty
+    def advantage(self, a, b, where=None)->Advantage | None: # None where a side is empty
         return advantage(a, b, self.clips, where=where, seed=self.about.get("seed", 0)) if a and b else None
 
     @property

@@ -158,7 +158,7 @@ def extract(output_dir="hidden_states", # folder for the store
             strict=False, # stop at the first clip that cannot be read, instead of counting it
             seed=0, # of the built-in world's clips
             draft_layers=None, # states of the draft's first layers only, norm and head right behind them; None = all
-            progress=True)->Path: # the store's folder; None in a process that is not the first of its launch
+            progress=True)->Path | None: # the store's folder; None in a process that is not the first of its launch
     "Extract paired states into `output_dir/chunked_{split}_{duration}_{quant}`; what is there already is not done again"
     launch = this_launch()
     for name, what in ((split, "split"), (duration, "duration"), (quant, "quant")): safe_name(name, what)

@@ -135,7 +135,7 @@ def word_nulls_flags(fit, # Answers of the training split; None: only what needs
         out["n-gram table by question"] = [tables.get(q, table).top1_flags([y])[0] for q, y in zip(test.questions, target, strict=True)]
     return out
 
-def answers_of(states)->Answers:
+def answers_of(states)->Answers | None:
     "A store's answers; None where it holds no ids (the founding study's files)"
     ids = [(states.target_ids(i), states.draft_ids(i)) for i in range(len(states))]
     if any(x is None for pair in ids for x in pair): return None
@@ -187,7 +187,7 @@ def null_table(rows)->str:
 
 def best_null(rows, column="token_consecutive",
               blind=False, # only baselines that never look at the draft's states
-             )->Row:
+             )->Row | None:
     "The baseline that does best in a column; None if none has it"
     seeing = ("ridge regression", "shuffled pairs", "identity") if blind else ()
     have = [r for r in rows if r.null and r.kind != "sensor" and r.values[column] is not None and r.name not in seeing]

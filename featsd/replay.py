@@ -347,7 +347,7 @@ def read_log(source, skip_bad=False)->Answers:
     "Answers from JSONL, the study's JSON, or a store's folder"
     return log_of_store(source) if Path(source).is_dir() else read_answers(source, skip_bad)
 
-def read_times(source)->TimingConfig: # None stays None
+def read_times(source)->TimingConfig | None: # None stays None
     "Stage times from JSON: a `TimingConfig`, or the study's wall-clock log; 'published' for its figures"
     if source is None or isinstance(source, TimingConfig): return source
     if str(source) == "published": return PUBLISHED

@@ -333,7 +333,7 @@ class ChunkFile:
         if name not in self._mapped: self._mapped[name] = self.f.get_tensor(name)
         return self._mapped[name]
 
-    def flat(self, name)->np.ndarray: # "target_ids", "draft_margins", …: a whole chunk's, ids as int64; None in a store without ids
+    def flat(self, name)->np.ndarray | None: # "target_ids", "draft_margins", …: a whole chunk's, ids as int64; None in a store without ids
         if not self.manifest.get("ids", True): return None
         with read_errors(self.file): x = self.f.get_tensor(name).numpy().copy()
         if not name.endswith("ids"): return x
