@@ -67,7 +67,13 @@ def at_home(*children):
             find(100)
         } }"""
         _css = """.featsd .js-plotly-plot :is(.infolayer, [class*="axislayer"]) text { fill: var(--jp-content-font-color1, currentColor) !important }"""
-    box = W.VBox([*children, Manners()])
+    class Home(W.VBox):
+        def _repr_mimebundle_(self, **kwargs): # what a figure was told since it was made is not in its page yet: alone it sees to that itself, in a box nobody does
+            def tell(w):
+                for child in getattr(w, "children", ()): tell(child) or hasattr(child, "data") and child._repr_mimebundle_()
+            tell(self)
+            return super()._repr_mimebundle_(**kwargs)
+    box = Home([*children, Manners()])
     box.add_class("featsd")
     return box
 

@@ -258,7 +258,11 @@ def test_notebooks_in_the_lab(lab, open_lab, shots, path):
     for k, i in enumerate(boxes):
         p.show(i)
         figure = p.cell(i).locator(".js-plotly-plot").count()
-        if figure: p.drawn(i)
+        if figure:
+            p.drawn(i)
+            empty = p.page.evaluate("""i => [...document.querySelectorAll('.jp-Notebook .jp-Cell')[i].querySelectorAll('.js-plotly-plot')].flatMap(f =>
+                f._fullData.filter(t => t.visible === true && t.type !== 'pie' && !(t.x?.length && t.y?.length)).map(t => t.name))""", i)
+            assert set(empty) <= {"measured"} # whatever was set before the box was shown
         before = p.sentence(i)
         p.cell(i).locator(".noUi-handle").first.focus()
         p.press(i, "ArrowLeft" if "0.9" in p.cell(i).locator(".widget-readout").first.inner_text() else "ArrowRight", f"{Path(path).stem}, box {k + 1}")
