@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters import AttentionAdapter, check_head
-from .calibration import expert_laws, fit_fusion, per_question, product # noqa: F401, the weights of FusedDraft belong to this room's names
+from .calibration import expert_laws, fit_fusion, per_question, product # noqa: F401, the weights of FusedDraft belong to this module's names
 from .core import FeatsdError
 from .data.answers import prompt_lookup, propose_constant
 from .decode import AdversarialDraft, Draft, Drafter, NullDraft, OracleDraft

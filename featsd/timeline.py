@@ -21,7 +21,7 @@ import torch
 
 from .core import FeatsdError, read_json, write_json
 from .data import figures
-from .metrics import SDConfig, TimingConfig, seed_speedups # noqa: F401 these three are this room's too
+from .metrics import SDConfig, TimingConfig, seed_speedups # noqa: F401 these three are names of this module too
 
 # %% ../nbs/04_timeline.ipynb #cell005
 def speedup_seed_published(accepted, # tokens per cycle
