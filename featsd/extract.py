@@ -189,7 +189,7 @@ def extract(output_dir="hidden_states", # folder for the store
             for start, stop in claims:
                 began = time.perf_counter()
                 pairs, skipped = chunk_pairs(pair, clips, questions, start, stop, max_new_tokens, wrong_clip, batch_clips, moved)
-                unread += skipped
+                unread += [(*s, chunk_file(path, start).stem) for s in skipped]
                 if strict and skipped: raise FeatsdError(f"clip {skipped[0][0]} cannot be read ({skipped[0][1]}); mend it, or leave out --strict to count and skip it")
                 computed = time.perf_counter()
                 writer.write_chunk(start, pairs, skipped, stop)
@@ -203,7 +203,10 @@ def extract(output_dir="hidden_states", # folder for the store
     if not read_json(path/"index.json")["pairs"]: # nothing is kept, so that the same command tries again
         for f in (path/"chunks").iterdir(): f.unlink()
         raise FeatsdError(f"{dataset_dir}: not one of {len(clips)} clips could be read" + (f"; {unread[0][0]}: {unread[0][1]}" if unread else ""))
-    if unread: log.warning(f"{len({c for c, _ in unread})} clips could not be read and were skipped; {unread[0][0]}: {unread[0][1]}")
+    if unread:
+        chunks = list(dict.fromkeys(c for *_, c in unread))
+        log.warning(f"{len({c for c, *_ in unread})} clips could not be read and were skipped; {unread[0][0]}: {unread[0][1]}; to try mended clips again, delete their chunks "
+                    f"({path/'chunks'}: {', '.join(f'{c}.*' for c in chunks[:3])}{' …' * (len(chunks) > 3)}) and run the same command")
     return path
 
 def log_chunk(path, start, pairs, compute_s, write_s):

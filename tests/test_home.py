@@ -1,5 +1,6 @@
 "What commands say and keep: messages that can be turned off, words that are not made twice"
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import featsd.makers as M
 from featsd.core import FeatsdError
 from featsd.data.clips import open_clips
+from featsd.data.store import open_states
 from featsd.models.backbone import load_pair
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +60,12 @@ featsd_extract()""")
 
 def test_a_skipped_clip_is_told_and_can_be_silenced(tmp_path):
     code, err = extract(tmp_path/"a", 1)
-    assert code == 0 and "1 clips could not be read and were skipped; test-000001: cut short" in err
+    assert code == 0 and "1 clips could not be read and were skipped; test-000001: cut short; to try mended clips again, delete their chunks" in err
+    store, = (tmp_path/"a").iterdir()
+    (stem,) = re.findall(r"(chunk_\d+)\.\*", err)
+    for f in (store/"chunks").glob(f"{stem}.*"): f.unlink()
+    code, err = extract(tmp_path/"a", None) # the clip is mended
+    assert code == 0 and "skipped" not in err and len(open_states(store)) == 2
     code, err = extract(tmp_path/"b", 1, FEATSD_LOG="error")
     assert code == 0 and "skipped; test" not in err
     code, err = extract(tmp_path/"c", 1, FEATSD_LOG="loud")

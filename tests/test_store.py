@@ -651,6 +651,20 @@ def test_flat_batches_are_the_unmasked_rows(tmp_path):
         assert torch.equal(padded.h_draft[padded.mask], flat.h_draft) and torch.equal(padded.h_target[padded.mask], flat.h_target)
 
 
+def test_one_very_long_answer_does_not_swell_every_row_of_its_batch(tmp_path, monkeypatch):
+    from featsd.data import store as S
+    def long(k, n):
+        rows = {s: torch.zeros(n, 8) for s in ("target", "draft_forced", "draft_free")}
+        return PairStates(f"c{k}", 0, "?", np.zeros(n, np.int64), np.zeros(n, np.int64), "", "", np.ones(n), np.ones(n), rows)
+    with StoreWriter(tmp_path/"s", dict(target_model="t", draft_model="d", streams=["target", "draft_forced", "draft_free"], target_dim=8, draft_dim=8), chunk_size=20) as w:
+        w.missing(20)
+        w.write_chunk(0, [long(k, 3000 if k == 11 else 3) for k in range(20)])
+    states = open_states(tmp_path/"s")
+    monkeypatch.setattr(S, "PADDED", 2**21) # 20 × 3,000 × 16 floats are 3.8 MB, of 0.2 MB of states
+    with pytest.raises(StoreError, match=r"20 pairs with 3,057 tokens would be padded to 0.0 GB, since pair 11 has 3,000 tokens.*featsd_verify.*fewer pairs a batch"): list(states.batches("draft_forced", 20))
+    assert sum(int(b.mask.sum()) for b in states.batches("draft_forced", 20, flat=True)) == 3057 == sum(int(b.mask.sum()) for b in states.batches("draft_forced", 4))
+
+
 @pytest.mark.parametrize("flat", (False, True))
 def test_rows_that_are_not_finite_are_left_out_in_every_pass(tmp_path, flat, monkeypatch):
     from featsd.bench import made_up
