@@ -651,6 +651,21 @@ def test_flat_batches_are_the_unmasked_rows(tmp_path):
         assert torch.equal(padded.h_draft[padded.mask], flat.h_draft) and torch.equal(padded.h_target[padded.mask], flat.h_target)
 
 
+@pytest.mark.parametrize("dtype", ("bf16", "fp16", "fp32", "fp8"))
+def test_rows_read_into_memory_are_those_of_the_mapping(tmp_path, dtype):
+    fill(tmp_path/"s", manifest=SETTINGS | dict(dtype=dtype))
+    states = open_states(tmp_path/"s")
+    rows = states.source.open(1)
+    n = sum(p.n_target for p in states.pairs[SIZE:2 * SIZE])
+    if dtype == "fp8": assert rows.dtype is None
+    else:
+        to = torch.empty(n - 3, 16, dtype=rows.dtype)
+        assert rows.read_into("target", 2, to[1:]) is not None and torch.equal(to[1:], rows("target", 2, n - 2))
+        os.truncate(chunk_file(states.path, SIZE), os.path.getsize(chunk_file(states.path, SIZE)) // 2) # under an open file
+        with pytest.raises(StoreError, match="chunk_000004.safetensors: expected .* more bytes, found its end"):
+            for s in states.manifest["streams"]: rows.read_into(s, 0, torch.empty(n, rows.manifest["target_dim" if s == "target" else "draft_dim"], dtype=rows.dtype))
+
+
 def test_one_very_long_answer_does_not_swell_every_row_of_its_batch(tmp_path, monkeypatch):
     from featsd.data import store as S
     def long(k, n):

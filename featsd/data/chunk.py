@@ -307,9 +307,9 @@ class read_errors:
             raise StoreError(f"{self.file}: expected a safetensors chunk, found {' '.join(str(e).split())}; {_REPAIR}") from None
 
 class ChunkFile:
-    "Rows, ids and margins of one chunk, mapped; shapes, types and offsets are checked against the sidecar when it is opened"
+    "Rows, ids and margins of one chunk; shapes, types and offsets are checked against the sidecar when it is opened"
     def __init__(self, file, manifest:dict, at=None): # at: int [pairs+1, 2] first target and draft row of each pair, None: already checked
-        self.file, self.manifest, self._mapped = Path(file), manifest, {}
+        self.file, self.manifest, self._mapped, self._places = Path(file), manifest, {}, None
         with read_errors(file): self.f = safe_open(file, "pt")
         if at is not None:
             with read_errors(file): self._check(at)
@@ -327,7 +327,25 @@ class ChunkFile:
         for i, side in enumerate(rows):
             _check(np.array_equal(self.f.get_tensor(f"{side}_offsets").numpy(), at[:, i]), self.file, f"{side}_offsets disagree with the sidecar")
 
-    def rows(self, stream, a, b): # [b-a, D] in the stored dtype, a view of the file; float32 for fp8
+    @property
+    def dtype(self): # what `read_into` reads; None: rows must be decoded
+        return None if self.manifest["dtype"] == "fp8" else DTYPES[self.manifest["dtype"]]
+
+    def read_into(self, stream, a, to): # to: [n, D] contiguous, of `dtype`; returned
+        "Rows from a on, straight into memory: no pages are mapped for them"
+        if self._places is None:
+            self._raw = open(self.file, "rb", buffering=0) # noqa: SIM115 closed with the last reference to it
+            n = int.from_bytes(self._raw.read(8), "little")
+            header = json.loads(self._raw.read(n)) # safetensors has read it: it is whole and of sane length
+            self._places = {s: 8 + n + header[s]["data_offsets"][0] for s in self.manifest["streams"]}
+        left = memoryview(to.view(torch.uint8).numpy()).cast("B")
+        self._raw.seek(self._places[stream] + a * to.shape[1] * to.element_size())
+        while len(left):
+            if not (n := self._raw.readinto(left)): raise StoreError(f"{self.file}: expected {len(left):,} more bytes, found its end; {_REPAIR}")
+            left = left[n:]
+        return to
+
+    def __call__(self, stream, a, b): # [b-a, D] in the stored dtype, a view of the file; float32 for fp8
         return decode_rows(self._map(stream)[a:b], self._map(stream + "_scale")[a:b] if self.manifest["dtype"] == "fp8" else None)
     def _map(self, name): # the whole tensor, asked for once: a slice of it costs a tenth of a slice of the file
         if name not in self._mapped: self._mapped[name] = self.f.get_tensor(name)

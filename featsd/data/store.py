@@ -200,7 +200,7 @@ class StoreSource:
             self.files.append(file)
         if not self.pairs: raise StoreError(f"{self.path}: expected stored pairs, found none; run the extraction first")
 
-    def open(self, k): return ChunkFile(self.files[k], self.manifest).rows
+    def open(self, k): return ChunkFile(self.files[k], self.manifest)
     def flat(self, k, name): # a whole chunk's ids or margins, read once
         if (k, name) not in self._flat: self._flat[k, name] = ChunkFile(self.files[k], self.manifest).flat(name)
         return self._flat[k, name]
@@ -241,17 +241,20 @@ def fill(to, # [≥ n, D]
          stream, pieces, # (reader of a file's rows, first row, count)
          look=True, block_bytes=2**21)->bool: # False: perhaps not all finite
     "Copy rows, those that are neighbours in a file in one go; if asked to, look at each block while it is in the cache"
-    runs, at, sums = [], 0, []
+    runs, at, sums, stage = [], 0, [], None
     for rows, a, k in pieces:
-        if runs and runs[-1][0] == rows and runs[-1][2] == a: runs[-1][2] += k
+        if runs and runs[-1][0] is rows and runs[-1][2] == a: runs[-1][2] += k
         else: runs.append([rows, a, a + k])
     step = max(1, block_bytes // max(1, to.shape[-1] * to.element_size()))
     for rows, a, end in runs:
+        dtype = getattr(rows, "dtype", None) # of what can be read into memory, without a mapping's page faults
+        if dtype not in (None, to.dtype) and (stage is None or len(stage) < min(step, end - a)): stage = torch.empty(min(step, end - a), to.shape[-1], dtype=dtype)
         for i in range(a, end, step):
             k = min(step, end - i)
-            x = rows(stream, i, i + k)
-            if look: sums.append(x.sum())
-            to[at:at + k].copy_(x)
+            here = to[at:at + k]
+            x = rows(stream, i, i + k) if dtype is None else rows.read_into(stream, i, here if dtype == to.dtype else stage[:k])
+            if x is not here: here.copy_(x)
+            if look: sums.append(x.sum()) # of what is stored
             at += k
     return not sums or bool(torch.stack(sums).isfinite().all()) # a sum may overflow: then the rows themselves are looked at
 
@@ -450,7 +453,7 @@ def _verify_chunk(path, start, manifest):
     at, file = row_starts(read_sidecar(chunk_file(path, start, "json"), full=True)), chunk_file(path, start)
     c = ChunkFile(file, manifest, at)
     for s in manifest["streams"]:
-        bad = not_finite(lambda a, b: c.rows(s, a, b), int(at[-1][int(ROWS[s] == "draft")]))  # noqa: B023
+        bad = not_finite(lambda a, b: c(s, a, b), int(at[-1][int(ROWS[s] == "draft")]))  # noqa: B023
         if bad: raise StoreError(f"{file}: expected finite states, found {bad} rows of {s} that are not; drop it with `featsd_verify --repair` and resume")
     for name in ("target_ids", "draft_ids"): c.flat(name)
 
