@@ -279,12 +279,12 @@ def _load_state(self, path):
     "Continue from a file of `save_state`; one that does not fit this run is an error"
     ckpt = read_checkpoint(path)
     try:
-        history, state = ckpt["metrics"]["history"], deepcopy(ckpt["optimizer_state_dict"]) # a copy: the file is memory-mapped
+        history, state = ckpt["metrics"]["history"], ckpt["optimizer_state_dict"]
         if "val_loss" not in history or len({len(v) for v in history.values()}) != 1 or not all(math.isfinite(x) for v in history.values() for x in v): raise ValueError("a broken history")
         self.adapter.load_state_dict(ckpt["model_state_dict"])
         for p, s in zip(self.adapter.parameters(), state["state"].values(), strict=True):
-            if s["exp_avg"].shape != p.shape or s["exp_avg_sq"].shape != p.shape: raise ValueError("optimizer state of other shapes")
-        self.optimizer.load_state_dict(state)
+            if s.keys() != {"step", "exp_avg", "exp_avg_sq"} or s["step"].numel() != 1 or s["exp_avg"].shape != p.shape or s["exp_avg_sq"].shape != p.shape: raise ValueError("optimizer state of other shapes")
+        self.optimizer.load_state_dict(deepcopy(state)) # a copy: the file is memory-mapped
         self.history, self.seconds = deepcopy(history), float(ckpt["metrics"]["seconds"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise FeatsdError(f"{path}: expected the state of this run, found {' '.join(str(e).split())[:160]}; start again without resume") from None

@@ -17,7 +17,7 @@ from .data.chunk import read_manifest
 from .data.ngram import NGramTable
 from .data.store import open_states, verify_store
 from .data.study import load_pt
-from .extract import parse_pair
+from .extract import parse_pair, shortened
 from .models.backbone import Head
 
 # %% ../nbs/01a_verify.ipynb #758afd22
@@ -162,8 +162,9 @@ def facts_of(pair)->dict:
 def compare_pair(path, pair="pocket", # a `Pair`, "pocket", or "draft=FOLDER,target=FOLDER"
                  quant=None)->list: # (what, verdict): begins with equal, "not recorded", or differs
     "Was it made with this pair? `quant`: how the pair is loaded; None: as the file says, else fp32"
-    claims = claims_of(path)
-    facts = facts_of(parse_pair(pair, quant or claims.get("target quant") or "fp32"))
+    claims, layers = claims_of(path), read_manifest(path).get("draft_layers") if kind_of(path) == "store" else None
+    if layers is not None and (type(layers) is not int or layers < 1): raise FeatsdError(f"{path}: expected draft_layers of 1 or more, found {layers!r}; extract again")
+    facts = facts_of(shortened(parse_pair(pair, quant or claims.get("target quant") or "fp32"), layers))
     def said(k, v):
         if v is None: return "not recorded"
         return f"equal: {str(v)[:16]}" if v == facts[k] else f"differs: {v} in the file, {facts[k]} in the pair"

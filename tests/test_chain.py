@@ -144,6 +144,7 @@ def test_an_early_exit_of_the_draft(study, tmp_path):
     assert manifest["draft_layers"] == 1 and manifest["draft"]["name"] == "egpt (max_duration_us=none)-1of2" or manifest["draft"]["name"].endswith("-1of2")
     code, _, err = run("featsd_extract", *extraction(study, tmp_path, quant="fp32"), "--max_questions", 2)
     assert code == 2 and "draft" in err and err.count("\n") == 1 # not into the same store
+    assert "differs" not in typed("featsd_verify", store, "--pair", pair(study)) # it is of this pair, cut as the store says
     for level in (1, 4):
         typed("featsd_train", "--train_data", store, "--adapter_level", level, "--num_epochs", 2, "--val_split", .5, "--output_dir", tmp_path/"runs", "--no-progress")
         assert torch.load(best(tmp_path/"runs", level), weights_only=True)["config"]["draft_layers"] == 1

@@ -35,6 +35,17 @@ def launch(module, *args, n=2):
     return subprocess.Popen(list(map(str, command)), env=env(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.parametrize("how", ["launch.supervise([sys.executable, '-c', 'import time; time.sleep(1)'], 2)", "watch.watch([sys.executable, '-c', 'import time; time.sleep(1)'], 'beat', poll_s=.1)"])
+def test_what_nohup_protects_goes_on_when_the_terminal_closes(tmp_path, how):
+    script = f"""import os, signal, sys, threading
+signal.signal(signal.SIGHUP, signal.SIG_IGN) # as nohup does
+from pathlib import Path
+from featsd.data import launch, watch
+threading.Timer(.4, os.kill, (os.getpid(), signal.SIGHUP)).start()
+sys.exit({how.replace("'beat'", "Path('beat')")})"""
+    assert subprocess.run([sys.executable, "-c", script], env=env(), cwd=tmp_path, timeout=60).returncode == 0
+
+
 def end(p, timeout=300):
     out, err = p.communicate(timeout=timeout)
     return p.returncode, out, err

@@ -676,8 +676,16 @@ def test_one_very_long_answer_does_not_swell_every_row_of_its_batch(tmp_path, mo
         w.write_chunk(0, [long(k, 3000 if k == 11 else 3) for k in range(20)])
     states = open_states(tmp_path/"s")
     monkeypatch.setattr(S, "PADDED", 2**21) # 20 × 3,000 × 16 floats are 3.8 MB, of 0.2 MB of states
-    with pytest.raises(StoreError, match=r"20 pairs with 3,057 tokens would be padded to 0.0 GB, since pair 11 has 3,000 tokens.*featsd_verify.*fewer pairs a batch"): list(states.batches("draft_forced", 20))
-    assert sum(int(b.mask.sum()) for b in states.batches("draft_forced", 20, flat=True)) == 3057 == sum(int(b.mask.sum()) for b in states.batches("draft_forced", 4))
+    for seed in (None, 0, 1):
+        got = list(states.batches("draft_forced", 20, seed))
+        assert sum(int(b.mask.sum()) for b in got) == 3057 and sorted(i for b in got for i in b.index) == list(range(20)) and max(b.h_target.nbytes + b.h_draft.nbytes for b in got) <= 2**21
+    from featsd.data.feed import Feed
+    monkeypatch.setattr("featsd.data.feed.LONGEST", 2999)
+    with pytest.raises(FeatsdError, match="pair 11 has 3,000 positions, expected at most 2,999.*train L1 to L3"): Feed(states, "draft_forced", 20, sequences=True)
+    monkeypatch.setattr("featsd.data.feed.LONGEST", 3000)
+    for cache in (0, 2**30):
+        whole = list(Feed(states, "draft_forced", 20, sequences=True, cache_bytes=cache).epoch(0))
+        assert sum(len(t) for _, _, t, _ in whole) == 3057 and max(h.nbytes for h, *_ in whole) <= 2**21
 
 
 @pytest.mark.parametrize("flat", (False, True))

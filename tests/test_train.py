@@ -421,7 +421,7 @@ class Evil:
     def __reduce__(self): return os.system, ("touch HACKED",)
 
 
-@pytest.mark.parametrize("spoil", ["evil", "junk", "empty", "nothing", "shapes", "history", "cut"])
+@pytest.mark.parametrize("spoil", ["evil", "junk", "empty", "nothing", "shapes", "surplus", "history", "cut"])
 def test_a_spoiled_last_pt_is_refused(store, tmp_path, quick, monkeypatch, spoil):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as m:
@@ -436,6 +436,7 @@ def test_a_spoiled_last_pt_is_refused(store, tmp_path, quick, monkeypatch, spoil
     else:
         if spoil == "nothing": del d["optimizer_state_dict"]
         if spoil == "shapes": d["optimizer_state_dict"]["state"][1]["exp_avg"] = torch.zeros(3)
+        if spoil == "surplus": d["optimizer_state_dict"]["state"][1]["more"] = torch.zeros(1).expand(2**40) # four bytes on disk
         if spoil == "history": d["metrics"]["history"]["val_loss"] = [float("nan")] * 2
         torch.save(d, last)
     with pytest.raises(ValueError, match="last.pt") as e: train_adapter(store, resume=True, **quick)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PADDED', 'PairInfo', 'Batch', 'StoreLock', 'rebuild_index', 'StoreWriter', 'StoreSource', 'read_head', 'Buffers',
-           'fill', 'States', 'open_states', 'check_head', 'verify_store', 'check_hash', 'expected_bytes', 'PairStates',
-           'StoreError', 'ROWS', 'DTYPES', 'VOLATILE']
+           'fill', 'fitting', 'States', 'open_states', 'check_head', 'verify_store', 'check_hash', 'expected_bytes',
+           'PairStates', 'StoreError', 'ROWS', 'DTYPES', 'VOLATILE']
 
 # %% ../../nbs/data/12_store.ipynb #cell002
 import fcntl
@@ -241,26 +241,32 @@ def fill(to, # [≥ n, D]
          stream, pieces, # (reader of a file's rows, first row, count)
          look=True, block_bytes=2**21)->bool: # False: perhaps not all finite
     "Copy rows, those that are neighbours in a file in one go; if asked to, look at each block while it is in the cache"
-    runs, at, sums, stage = [], 0, [], None
+    runs, at, sums = [], 0, []
     for rows, a, k in pieces:
         if runs and runs[-1][0] is rows and runs[-1][2] == a: runs[-1][2] += k
         else: runs.append([rows, a, a + k])
     step = max(1, block_bytes // max(1, to.shape[-1] * to.element_size()))
     for rows, a, end in runs:
-        dtype = getattr(rows, "dtype", None) # of what can be read into memory, without a mapping's page faults
-        if dtype not in (None, to.dtype) and (stage is None or len(stage) < min(step, end - a)): stage = torch.empty(min(step, end - a), to.shape[-1], dtype=dtype)
+        direct = getattr(rows, "dtype", None) == to.dtype # then no page is mapped
         for i in range(a, end, step):
             k = min(step, end - i)
             here = to[at:at + k]
-            x = rows(stream, i, i + k) if dtype is None else rows.read_into(stream, i, here if dtype == to.dtype else stage[:k])
-            if x is not here: here.copy_(x)
+            x = rows.read_into(stream, i, here) if direct else rows(stream, i, i + k)
+            if not direct: here.copy_(x)
             if look: sums.append(x.sum()) # of what is stored
             at += k
     return not sums or bool(torch.stack(sums).isfinite().all()) # a sum may overflow: then the rows themselves are looked at
 
 
 # %% ../../nbs/data/12_store.ipynb #cell020
-PADDED = 2**31 # bytes of a padded batch that is mostly padding
+PADDED = 2**31 # bytes of a batch that is mostly padding
+
+def fitting(lengths, row_bytes)->int: # pairs, at least one
+    "How many of these pairs make a batch: all, unless one much longer than the others would swell it"
+    n = np.maximum(lengths, 1)
+    padded = np.maximum.accumulate(n) * np.arange(1, len(n) + 1)
+    fits = (padded * row_bytes <= PADDED) | (padded <= 8 * np.cumsum(n))
+    return len(n) if fits.all() else max(1, int(np.argmin(fits)))
 
 class States:
     "Pairs of a store, or some of them; nothing is read until asked for"
@@ -321,7 +327,7 @@ class States:
         return p.n_target if ROWS[stream] == "target" else min(p.n_target, p.n_draft)
 
     def batches(self, stream="draft_forced", # whose states stand against the target's
-                batch_pairs=64, # pairs a batch; the last one may be smaller
+                batch_pairs=64, # pairs a batch; fewer in the last, and before one much longer than the others
                 shuffle_seed=None, # None: in order
                 dtype=torch.float32, # of the batch
                 block_bytes=None, # stored bytes read as one block; default 32 MB, shuffled 8 MB: all blocks of a window are resident
@@ -333,15 +339,16 @@ class States:
             raise StoreError(f"{self.path}: expected a stream among {', '.join(s for s in self.manifest['streams'] if s != 'target')}, found {stream!r}; choose one")
         rng = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
         mix = (lambda x: x) if rng is None else (lambda x: [x[k] for k in rng.permutation(len(x))])
+        row_bytes = 9 + (0 if flat else dtype.itemsize * (self.manifest["target_dim"] + self.manifest["draft_dim"])) # mask, ids, states
         blocks, pending, width = mix(self._blocks(stream, block_bytes or (2**25 if rng is None else 2**23))), [], 1 if rng is None else window
         for at in range(0, len(blocks), width):
             alive = [(self.source.open(self.source.where[self._keep[b[0]]][0]), b) for b in blocks[at:at + width]]
             pending += mix([(rows, i) for rows, b in alive for i in b])
             del alive # a block's mapping goes with its last pending pair
-            while len(pending) >= batch_pairs:
-                yield self._batch(pending[:batch_pairs], stream, dtype, flat)
-                del pending[:batch_pairs]
-        if pending: yield self._batch(pending, stream, dtype, flat)
+            while len(pending) >= batch_pairs or (pending and at + width >= len(blocks)):
+                k = fitting([self.length(i, stream) for _, i in pending[:batch_pairs]], row_bytes)
+                yield self._batch(pending[:k], stream, dtype, flat)
+                del pending[:k]
 
     def _blocks(self, stream, block_bytes):
         "Runs of positions inside one file, cut at `block_bytes`"
@@ -356,9 +363,6 @@ class States:
     def _batch(self, items, stream, dtype, flat):
         n, m, where = [self.length(i, stream) for _, i in items], self.manifest, [self.source.where[self._keep[i]] for _, i in items]
         B, T, target_rows, pairs = len(n), max([1, *n]), ROWS[stream] == "target", [self._keep[i] for _, i in items]
-        if not flat and B * T > 8 * sum(n) and (padded := B * T * (m["target_dim"] + m["draft_dim"]) * dtype.itemsize) > PADDED:
-            raise StoreError(f"{self.path}: {B} pairs with {sum(n):,} tokens would be padded to {padded / 1e9:.1f} GB, since pair {items[int(np.argmax(n))][1]} has {T:,} tokens; "
-                             "check the store with featsd_verify, or take fewer pairs a batch")
         mask, clean, finite = torch.arange(T) < torch.tensor(n)[:, None], True, self.source.finite[stream]
         look = not finite[pairs].all() # rows are looked at once: a mapped file does not change
         out = {s: self.source.buffers((sum(n), m[k]) if flat else (B, T, m[k]), dtype) for s, k in (("target", "target_dim"), (stream, "draft_dim"))}
