@@ -343,17 +343,30 @@ def test_file_size_limit_leaves_a_valid_store(tmp_path):
 
 def test_new_tensors_never_count_under_an_old_sidecar(store, monkeypatch):
     "Same sizes, other numbers, and a crash between the two files"
-    from featsd.data import chunk
-    real = chunk.atomic_write
-    def crash(path, *a):
-        if str(path).endswith(".json"): raise RuntimeError("power cut")
-        return real(path, *a)
+    real = os.replace
+    def crash(src, dest):
+        if str(dest).endswith("8.json"): raise RuntimeError("power cut")
+        real(src, dest)
     other = [pair(k) for k in range(8, 12)]
     for p in other: p.streams["draft_forced"] = p.streams["draft_forced"] * 2
     with writer(store) as w:
-        monkeypatch.setattr(chunk, "atomic_write", crash)
+        monkeypatch.setattr(os, "replace", crash)
         with pytest.raises(RuntimeError): w.write_chunk(8, other)
         assert w.missing(TOTAL) == [(8, 12)]
+
+
+@pytest.mark.parametrize("nth", [0, 1]) # of the tensors, of the sidecar
+def test_a_full_disk_keeps_the_chunk_that_was_to_be_extended(tmp_path, monkeypatch, nth):
+    fill(tmp_path, 6)
+    before, real, calls = files(tmp_path), os.fsync, iter(range(99))
+    def full(fd):
+        if next(calls) == nth: raise OSError(28, "No space left on device")
+        real(fd)
+    with writer(tmp_path) as w, monkeypatch.context() as m:
+        assert w.missing(8) == [(4, 8)]
+        m.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left"): w.write_chunk(4, [pair(k) for k in range(4, 8)])
+    assert files(tmp_path) == before and len(open_states(tmp_path)) == 6
 
 
 # ---- one writer

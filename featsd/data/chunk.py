@@ -291,12 +291,14 @@ def save_chunk(path, start:int, stop:int, pairs:list, skipped, tensors:dict, che
     rows = [{"clip_id": p.clip_id, "question_idx": int(p.question_idx), "question": p.question, "n_target": p.rows("target"),
              "n_draft": p.rows("draft"), "target_text": p.target_text, "draft_text": p.draft_text, "sequence": p.sequence} for p in pairs]
     with disk_errors(file):
-        side.unlink(missing_ok=True) # the old two files must not count while the new ones are half there
-        sync_folder(file.parent)
-        with atomic_write(file) as f: size, sha = write_tensors(f, tensors)
-        d = {"start": start, "stop": stop, "bytes": size, "sha256": sha, "checks": checks, "pairs": rows,
-             "skipped": [{"clip_id": str(c), "reason": str(r)} for c, r in skipped]}
-        with atomic_write(side) as f: f.write(json.dumps(d, sort_keys=True, separators=(",", ":")).encode())
+        with atomic_write(side) as s, atomic_write(file) as f: # the inner one gets its name first
+            size, sha = write_tensors(f, tensors)
+            d = {"start": start, "stop": stop, "bytes": size, "sha256": sha, "checks": checks, "pairs": rows,
+                 "skipped": [{"clip_id": str(c), "reason": str(r)} for c, r in skipped]}
+            s.write(json.dumps(d, sort_keys=True, separators=(",", ":")).encode())
+            for x in (f, s): x.flush(); os.fsync(x.fileno()) # a full disk says so here, while an old chunk is still whole
+            side.unlink(missing_ok=True) # the old two files must not count while the new ones get their names
+            sync_folder(file.parent)
     return d
 
 # %% ../../nbs/data/12_chunk.ipynb #cell026
