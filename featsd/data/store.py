@@ -146,14 +146,15 @@ class StoreWriter:
 
     def missing(self, total:int, # pairs planned
                 full=False, # hash every chunk instead of comparing sizes
+                done=None, # done(start, stop): is that range there? Default: whole and as long as planned
                )->list: # (start, stop) of the chunks still to write
         "What is left to do; a chunk that is damaged, or shorter than now planned, is done again"
         self.total, out = total, []
         for start in range(0, total, self.chunk_size):
             stop = min(start + self.chunk_size, total)
-            try: done = read_sidecar(chunk_file(self.path, start, "json"), full)["stop"] >= stop
-            except StoreError: done = False
-            if not done: out.append((start, stop))
+            try: there = done(start, stop) if done else read_sidecar(chunk_file(self.path, start, "json"), full)["stop"] >= stop
+            except StoreError: there = False
+            if not there: out.append((start, stop))
         return out
 
     def write_chunk(self, start:int, # number of the first pair: a multiple of the chunk size
