@@ -18,6 +18,7 @@ import datetime as dt
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -88,12 +89,12 @@ def read_clip(clips, i): # Clip or None, reason
     try: return clips[i], None
     except (FeatsdError, OSError) as e: return None, " ".join(str(e).split())
 
-def other_clip(clips, i): # the next readable clip of another sequence
-    "The clip whose events the draft sees in the stream draft_wrong"
-    here = clips[i].sequence
-    for j in range(i + 1, i + len(clips)):
-        clip, _ = read_clip(clips, j % len(clips))
-        if clip is not None and clip.sequence != here: return clip
+def other_clip(clips, i, own): # own: the sequence of clip i
+    "The clip whose events the draft sees in the stream draft_wrong: of another sequence, and for each clip of a sequence another one"
+    far = [j for j, s in enumerate(getattr(clips, "sequences", None) or clips.clip_ids) if s != own and j != i] # known without reading
+    for k in range(len(far)):
+        clip, _ = read_clip(clips, far[(i + k) % len(far)])
+        if clip is not None and clip.sequence != own: return clip
     raise FeatsdError("the stream draft_wrong needs clips of at least two sequences; extract more clips, or leave it out")
 
 def chunk_pairs(pair, clips, questions, start, stop, # pairs: clip-major, all questions of a clip together
@@ -108,7 +109,7 @@ def chunk_pairs(pair, clips, questions, start, stop, # pairs: clip-major, all qu
         skipped += [(clips.clip_ids[i], why) for i, clip, why in read if clip is None]
         good = [(i, clip) for i, clip, _ in read if clip is not None]
         if good:
-            wrong = [other_clip(clips, i) for i, _ in good] if wrong_clip else None
+            wrong = [other_clip(clips, i, c.sequence) for i, c in good] if wrong_clip else None
             pairs = pair_states(pair, [c for _, c in good], questions[first:last], max_new_tokens, wrong)
             for p in pairs: p.question_idx += first
             out += pairs
@@ -207,9 +208,11 @@ def extract(output_dir="hidden_states", # folder for the store
     if lost: log.warning(one_line(f"{len(lost)} clips could not be read and were skipped{said}; once they are mended, run the same command again"))
     return path
 
+def _no_link(file, flags): return os.open(file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
 def log_chunk(path, start, pairs, compute_s, write_s):
     "One line per chunk beside the store: speed is no part of its bytes"
-    with suppress(OSError), open(path/"timings.jsonl", "a", encoding="utf-8") as f: # a full disk is the next chunk's to report
+    with suppress(OSError), open(path/"timings.jsonl", "a", encoding="utf-8", opener=_no_link) as f: # a full disk is the next chunk's to report
         f.write(json.dumps({"start": start, "pairs": pairs, "compute_ms": round(compute_s * 1e3), "write_ms": round(write_s * 1e3)}) + "\n")
 
 def foretold_seconds(path, pairs:int)->tuple: # seconds (estimate), pairs measured

@@ -91,6 +91,27 @@ def test_a_skipped_clip_is_tried_again(tmp_path, monkeypatch, caplog):
     assert {k: v[0] for k, v in kept().items()} == {k: v[0] for k, v in kept("fresh").items()}
 
 
+def test_the_wrong_clip_is_another_for_each_and_read_once():
+    from types import SimpleNamespace as O
+    from featsd.extract import other_clip
+    class Clips:
+        def __init__(self, sequences, known=True):
+            self.all, self.clip_ids, self.read = sequences, [f"c{i}" for i in range(len(sequences))], []
+            if known: self.sequences = sequences
+        def __len__(self): return len(self.all)
+        def __getitem__(self, i):
+            self.read.append(i)
+            if i == 7: raise FeatsdError("damaged")
+            return O(i=i, sequence=self.all[i])
+    def chosen(clips): return [other_clip(clips, i, s).i for i, s in enumerate(clips.all)]
+    clips = Clips(["a"] * 4 + ["b"] * 6 + ["c"] * 4)
+    got = chosen(clips)
+    assert all(clips.all[j] != s for j, s in zip(got, clips.all)) and len(set(got)) > 8 and len(clips.read) == len(got) + clips.read.count(7)
+    assert chosen(Clips(list("abcdef"))) == [1, 2, 3, 4, 5, 0] # the built-in world: each clip is a sequence
+    assert all(clips.all[j] != s for j, s in zip(chosen(Clips(clips.all, known=False)), clips.all)) # a data set that does not say: read until it shows
+    with pytest.raises(FeatsdError, match="at least two sequences"): other_clip(Clips(["a"] * 3), 0, "a")
+
+
 def test_more_clips_later_extend_the_store(whole, tmp_path):
     for n in (4, 8):
         code, _, err = run("--output_dir", tmp_path, "--max_samples", n, *FLAGS)
