@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pair_states', 'Stopped', 'stop_on_signals', 'read_clip', 'other_clip', 'chunk_pairs', 'devices_of', 'manifest_of',
-           'rounding', 'safe_name', 'extract', 'log_chunk', 'foretold_seconds', 'parse_pair', 'own_gpu', 'has_chunk',
-           'shortened', 'pack']
+           'rounding', 'safe_name', 'extract', 'log_chunk', 'foretold_seconds', 'parse_pair', 'own_gpu', 'settled',
+           'skipped_clips', 'shortened', 'pack']
 
 # %% ../nbs/01_extract.ipynb #scale000
 if __name__ == "__main__" and "__file__" in globals(): # before anything heavy is imported
@@ -18,6 +18,7 @@ import datetime as dt
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -30,8 +31,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .core import FeatsdError, lib_versions, log, read_json
-from .data.chunk import StoreError, chunk_file, read_sidecar
+from .core import FeatsdError, lib_versions, log, one_line
+from .data.chunk import StoreError, chunk_file, chunk_starts, read_sidecar
 from .data.clips import open_clips
 from .data.launch import Claims, this_launch
 from .data.store import PairStates, StoreLock, StoreWriter, open_states
@@ -88,12 +89,12 @@ def read_clip(clips, i): # Clip or None, reason
     try: return clips[i], None
     except (FeatsdError, OSError) as e: return None, " ".join(str(e).split())
 
-def other_clip(clips, i): # the next readable clip of another sequence
-    "The clip whose events the draft sees in the stream draft_wrong"
-    here = clips[i].sequence
-    for j in range(i + 1, i + len(clips)):
-        clip, _ = read_clip(clips, j % len(clips))
-        if clip is not None and clip.sequence != here: return clip
+def other_clip(clips, i, own): # own: the sequence of clip i
+    "The clip whose events the draft sees in the stream draft_wrong: of another sequence, and for each clip of a sequence another one"
+    far = [j for j, s in enumerate(getattr(clips, "sequences", None) or clips.clip_ids) if s != own and j != i] # known without reading
+    for k in range(len(far)):
+        clip, _ = read_clip(clips, far[(i + k) % len(far)])
+        if clip is not None and clip.sequence != own: return clip
     raise FeatsdError("the stream draft_wrong needs clips of at least two sequences; extract more clips, or leave it out")
 
 def chunk_pairs(pair, clips, questions, start, stop, # pairs: clip-major, all questions of a clip together
@@ -108,7 +109,7 @@ def chunk_pairs(pair, clips, questions, start, stop, # pairs: clip-major, all qu
         skipped += [(clips.clip_ids[i], why) for i, clip, why in read if clip is None]
         good = [(i, clip) for i, clip, _ in read if clip is not None]
         if good:
-            wrong = [other_clip(clips, i) for i, _ in good] if wrong_clip else None
+            wrong = [other_clip(clips, i, c.sequence) for i, c in good] if wrong_clip else None
             pairs = pair_states(pair, [c for _, c in good], questions[first:last], max_new_tokens, wrong)
             for p in pairs: p.question_idx += first
             out += pairs
@@ -173,9 +174,9 @@ def extract(output_dir="hidden_states", # folder for the store
     manifest = manifest_of(pair, clips, questions, max_new_tokens, quant, dtype, wrong_clip, batch_clips, split, duration, sys.argv[1:])
     manifest["seed"] = seed
     if pair.draft is not whole.draft: manifest["draft_layers"] = draft_layers
-    unread = []
     with StoreWriter(path, manifest, pair.target.head, chunk_size, pair.draft.head, launch.group, **rounding(pair.target, pair.draft)) as writer, Heartbeat(launch.own(path), total) as heart:
-        todo = writer.missing(total)
+        def has(*chunk): return settled(path, clips, len(questions), strict, *chunk)
+        todo = writer.missing(total, done=has)
         left = sum(stop - start for start, stop in todo)
         heart(total - left)
         bar = tqdm(total=total, initial=total - left, unit="pair", desc=f"extract {split}", disable=not progress or not launch.first, dynamic_ncols=True)
@@ -183,13 +184,12 @@ def extract(output_dir="hidden_states", # folder for the store
             claims.moved(pairs)
             heart(n := min(total, total - left + sum(claims.counts())) - heart.done)
             bar.update(n)
-        claims = Claims(path, launch, todo, lambda *c: has_chunk(path, *c), waiting=lambda: moved(0))
+        claims = Claims(path, launch, todo, has, waiting=lambda: moved(0))
         def size(): return sum(f.stat().st_size for f in (path/"chunks").glob("*.safetensors")) / 2**20
         try:
             for start, stop in claims:
                 began = time.perf_counter()
                 pairs, skipped = chunk_pairs(pair, clips, questions, start, stop, max_new_tokens, wrong_clip, batch_clips, moved)
-                unread += [(*s, chunk_file(path, start).stem) for s in skipped]
                 if strict and skipped: raise FeatsdError(f"clip {skipped[0][0]} cannot be read ({skipped[0][1]}); mend it, or leave out --strict to count and skip it")
                 computed = time.perf_counter()
                 writer.write_chunk(start, pairs, skipped, stop)
@@ -200,18 +200,19 @@ def extract(output_dir="hidden_states", # folder for the store
             raise
         finally: bar.close(); claims.close()
         if not launch.first: writer.lock.close(); return None # the index is the first one's to write, when all is there
-    if not read_json(path/"index.json")["pairs"]: # nothing is kept, so that the same command tries again
+    pairs, lost = skipped_clips(path)
+    said = "".join(f"; {clip}: {why}" for clip, why in list(lost.items())[:1])
+    if not pairs: # nothing is kept, so that the same command tries again
         for f in (path/"chunks").iterdir(): f.unlink()
-        raise FeatsdError(f"{dataset_dir}: not one of {len(clips)} clips could be read" + (f"; {unread[0][0]}: {unread[0][1]}" if unread else ""))
-    if unread:
-        chunks = list(dict.fromkeys(c for *_, c in unread))
-        log.warning(f"{len({c for c, *_ in unread})} clips could not be read and were skipped; {unread[0][0]}: {unread[0][1]}; to try mended clips again, delete their chunks "
-                    f"({path/'chunks'}: {', '.join(f'{c}.*' for c in chunks[:3])}{' …' * (len(chunks) > 3)}) and run the same command")
+        raise FeatsdError(f"{dataset_dir}: not one of {len(clips)} clips could be read{said}")
+    if lost: log.warning(one_line(f"{len(lost)} clips could not be read and were skipped{said}; once they are mended, run the same command again"))
     return path
+
+def _no_link(file, flags): return os.open(file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 def log_chunk(path, start, pairs, compute_s, write_s):
     "One line per chunk beside the store: speed is no part of its bytes"
-    with suppress(OSError), open(path/"timings.jsonl", "a", encoding="utf-8") as f: # a full disk is the next chunk's to report
+    with suppress(OSError), open(path/"timings.jsonl", "a", encoding="utf-8", opener=_no_link) as f: # a full disk is the next chunk's to report
         f.write(json.dumps({"start": start, "pairs": pairs, "compute_ms": round(compute_s * 1e3), "write_ms": round(write_s * 1e3)}) + "\n")
 
 def foretold_seconds(path, pairs:int)->tuple: # seconds (estimate), pairs measured
@@ -244,10 +245,23 @@ def own_gpu(pair, launch, gpus=None):
     def on_gpu(part): return part if "device=" in part.partition("?")[2] else f"{part}{'&' if '?' in part else '?'}device=cuda:{launch.gpu(gpus)}"
     return ",".join(map(on_gpu, pair.split(",")))
 
-def has_chunk(path, start, stop)->bool:
-    "Is it written, whole and of this length?"
-    try: return read_sidecar(chunk_file(path, start, "json"))["stop"] >= stop
+def settled(path, clips, Q, strict, start, stop)->bool:
+    "Is the chunk whole, as long as planned, and what it skipped still not to be read (strict: was nothing skipped)?"
+    try: d = read_sidecar(chunk_file(path, start, "json"))
     except StoreError: return False
+    lost = {s["clip_id"] for s in d["skipped"]}
+    if not lost or d["stop"] != stop: return d["stop"] >= stop # longer: of a larger plan, which would lose its end
+    return not strict and not any(id in lost and read_clip(clips, start // Q + k)[0] is not None for k, id in enumerate(clips.clip_ids[start // Q:-(-stop // Q)]))
+
+def skipped_clips(path)->tuple: # pairs that are there, {clip id: why it could not be read}
+    "What the sidecars of a store say, whoever wrote them"
+    pairs, lost = 0, {}
+    for start in chunk_starts(path):
+        with suppress(StoreError):
+            d = read_sidecar(chunk_file(path, start, "json"))
+            pairs += len(d["pairs"])
+            for s in d["skipped"]: lost.setdefault(s["clip_id"], s.get("reason"))
+    return pairs, lost
 
 def shortened(pair, layers)->Pair:
     "The pair with a draft that ends after some layers; None: as it is"

@@ -14,6 +14,7 @@ import torch
 from featsd.core import FeatsdError
 from featsd.data.store import open_states
 from featsd.extract import foretold_seconds
+from featsd.models.backbone import load_pair
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 FLAGS = "--quant fp32 --split test --chunked --chunk_size 10 --max_questions 5".split()
@@ -65,6 +66,50 @@ def test_stopped_then_resumed_gives_the_same_bytes(whole, tmp_path, number, code
     code, _, err = run(*args)
     assert code == 0, err
     assert chunks(store) == chunks(whole)
+
+
+def test_a_skipped_clip_is_tried_again(tmp_path, monkeypatch, caplog):
+    import featsd.extract as E
+    pair, real, broken = load_pair("pocket"), E.read_clip, set()
+    monkeypatch.setattr(E, "read_clip", lambda clips, i: (None, "cut short") if i in broken else real(clips, i))
+    def go(name="a", n=5, **kw): # what it said
+        caplog.clear()
+        E.extract(tmp_path/name, pair=pair, split="test", quant="fp32", max_samples=n, max_questions=2, max_new_tokens=4, chunk_size=4, progress=False, **kw)
+        return caplog.text
+    def kept(name="a"): return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path/name/"chunked_test_1s_fp32/chunks").iterdir()}
+    says, broken = "1 clips could not be read and were skipped; test-000002: cut short; once they are mended, run the same command again", {2}
+    assert says in go()
+    before = kept()
+    assert says in go() and kept() == before # nothing was read by this run, yet it says so
+    with pytest.raises(FeatsdError, match="test-000002 cannot be read .cut short."): go(strict=True)
+    assert kept() == before
+    broken = set()
+    assert says in go(n=3) and kept() == before # a smaller plan would cost the chunk its end
+    assert "skipped" not in go() and len(open_states(tmp_path/"a/chunked_test_1s_fp32")) == 10
+    assert {k for k, v in kept().items() if before[k] != v} == {"chunk_000004.json", "chunk_000004.safetensors"}
+    go("fresh")
+    assert {k: v[0] for k, v in kept().items()} == {k: v[0] for k, v in kept("fresh").items()}
+
+
+def test_the_wrong_clip_is_another_for_each_and_read_once():
+    from types import SimpleNamespace as O
+    from featsd.extract import other_clip
+    class Clips:
+        def __init__(self, sequences, known=True):
+            self.all, self.clip_ids, self.read = sequences, [f"c{i}" for i in range(len(sequences))], []
+            if known: self.sequences = sequences
+        def __len__(self): return len(self.all)
+        def __getitem__(self, i):
+            self.read.append(i)
+            if i == 7: raise FeatsdError("damaged")
+            return O(i=i, sequence=self.all[i])
+    def chosen(clips): return [other_clip(clips, i, s).i for i, s in enumerate(clips.all)]
+    clips = Clips(["a"] * 4 + ["b"] * 6 + ["c"] * 4)
+    got = chosen(clips)
+    assert all(clips.all[j] != s for j, s in zip(got, clips.all)) and len(set(got)) > 8 and len(clips.read) == len(got) + clips.read.count(7)
+    assert chosen(Clips(list("abcdef"))) == [1, 2, 3, 4, 5, 0] # the built-in world: each clip is a sequence
+    assert all(clips.all[j] != s for j, s in zip(chosen(Clips(clips.all, known=False)), clips.all)) # a data set that does not say: read until it shows
+    with pytest.raises(FeatsdError, match="at least two sequences"): other_clip(Clips(["a"] * 3), 0, "a")
 
 
 def test_more_clips_later_extend_the_store(whole, tmp_path):

@@ -1,6 +1,5 @@
 "What commands say and keep: messages that can be turned off, words that are not made twice"
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,10 +59,8 @@ featsd_extract()""")
 
 def test_a_skipped_clip_is_told_and_can_be_silenced(tmp_path):
     code, err = extract(tmp_path/"a", 1)
-    assert code == 0 and "1 clips could not be read and were skipped; test-000001: cut short; to try mended clips again, delete their chunks" in err
+    assert code == 0 and "1 clips could not be read and were skipped; test-000001: cut short; once they are mended, run the same command again" in err
     store, = (tmp_path/"a").iterdir()
-    (stem,) = re.findall(r"(chunk_\d+)\.\*", err)
-    for f in (store/"chunks").glob(f"{stem}.*"): f.unlink()
     code, err = extract(tmp_path/"a", None) # the clip is mended
     assert code == 0 and "skipped" not in err and len(open_states(store)) == 2
     code, err = extract(tmp_path/"b", 1, FEATSD_LOG="error")

@@ -401,6 +401,16 @@ def test_a_writer_follows_no_link_out_of_its_folder(tmp_path):
     assert (tmp_path/"mine.txt").read_text() == "dear" and (tmp_path/"elsewhere/thesis.tmp").read_text() == "dear"
 
 
+def test_claims_and_timings_follow_no_link(tmp_path):
+    from featsd.data.launch import Claims, Launch
+    from featsd.extract import log_chunk
+    (tmp_path/"mine").write_text("dear")
+    for name in (".claims", "timings.jsonl"): (tmp_path/name).symlink_to(tmp_path/"mine")
+    with pytest.raises(OSError, match=".claims"): Claims(tmp_path, Launch(0, 2, 0, 2, "g"), [(0, 4)], lambda *_: False)
+    log_chunk(tmp_path, 0, 4, 1., 1.)
+    assert (tmp_path/"mine").read_text() == "dear"
+
+
 @pytest.mark.parametrize("bad", ["../x.pt", "/etc/passwd", "..\\x", "a/b", ".hidden", "a\0b", "a\nb", ""])
 def test_names_that_become_files(bad, tmp_path):
     from featsd.extract import extract, safe_name

@@ -297,6 +297,39 @@ def test_damage_is_healed_by_resuming(whole, store, harm):
     assert files(again) == files(whole)
 
 
+def test_repair_drops_nothing_that_it_cannot_judge(whole, store, monkeypatch):
+    "A disk that errs says nothing about the bytes, and chunks that are all wrong are right under another manifest"
+    from featsd.data import chunk
+    def erring(real, start):
+        def read(file, *a, **kw):
+            if Path(file).stem == chunk_file(store, start).stem: raise OSError(5, "Input/output error")
+            return real(file, *a, **kw)
+        return read
+    with monkeypatch.context() as m:
+        m.setattr(chunk, "sha256_file", erring(chunk.sha256_file, 4))
+        m.setattr(chunk, "read_json", erring(chunk.read_json, 8))
+        os.truncate(chunk_file(store, 12), 700)
+        said = [v for f, v in verify_store(store, repair=True) if v != "ok"]
+        assert [v[:18] for v in said] == ["cannot be read now"] * 2 + ["dropped: " + str(store)[:9]], said
+        with writer(store) as w, pytest.raises(OSError, match="chunk_000008.json"): w.missing(TOTAL)
+    fill(store)
+    assert files(store) == files(whole)
+    edit(store, target_dim=17)
+    assert all("check manifest.json" in v for f, v in verify_store(store, repair=True) if f.startswith("chunks/"))
+    edit(store, target_dim=16)
+    assert {k: v for k, v in files(store).items() if k.startswith("chunks")} == {k: v for k, v in files(whole).items() if k.startswith("chunks")}
+
+
+def test_verify_sees_the_hole_behind_a_short_chunk_and_says_what_was_skipped(tmp_path):
+    with writer(tmp_path) as w:
+        w.write_chunk(0, [pair(0), pair(1)], stop=2) # of a shorter plan, never extended
+        w.write_chunk(4, [pair(k) for k in range(4, 7)], [("clip9", "cut short")])
+    said = [x for x in verify_store(tmp_path) if x[1] != "ok"]
+    assert said == [("chunks/chunk_000000.safetensors", "missing: pairs 2 to 3, resume the extraction"),
+                    ("chunks", "ok: 1 pairs of 1 clips are not there, the clips could not be read")]
+    with writer(tmp_path) as w: assert w.missing(8) == [(0, 4)]
+
+
 def test_file_size_limit_leaves_a_valid_store(tmp_path):
     code = ("import sys, resource; sys.path.insert(0, 'tests'); import test_store as t\n"
             "t.fill(sys.argv[1], 8); resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))\n"
@@ -310,17 +343,30 @@ def test_file_size_limit_leaves_a_valid_store(tmp_path):
 
 def test_new_tensors_never_count_under_an_old_sidecar(store, monkeypatch):
     "Same sizes, other numbers, and a crash between the two files"
-    from featsd.data import chunk
-    real = chunk.atomic_write
-    def crash(path, *a):
-        if str(path).endswith(".json"): raise RuntimeError("power cut")
-        return real(path, *a)
+    real = os.replace
+    def crash(src, dest):
+        if str(dest).endswith("8.json"): raise RuntimeError("power cut")
+        real(src, dest)
     other = [pair(k) for k in range(8, 12)]
     for p in other: p.streams["draft_forced"] = p.streams["draft_forced"] * 2
     with writer(store) as w:
-        monkeypatch.setattr(chunk, "atomic_write", crash)
+        monkeypatch.setattr(os, "replace", crash)
         with pytest.raises(RuntimeError): w.write_chunk(8, other)
         assert w.missing(TOTAL) == [(8, 12)]
+
+
+@pytest.mark.parametrize("nth", [0, 1]) # of the tensors, of the sidecar
+def test_a_full_disk_keeps_the_chunk_that_was_to_be_extended(tmp_path, monkeypatch, nth):
+    fill(tmp_path, 6)
+    before, real, calls = files(tmp_path), os.fsync, iter(range(99))
+    def full(fd):
+        if next(calls) == nth: raise OSError(28, "No space left on device")
+        real(fd)
+    with writer(tmp_path) as w, monkeypatch.context() as m:
+        assert w.missing(8) == [(4, 8)]
+        m.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left"): w.write_chunk(4, [pair(k) for k in range(4, 8)])
+    assert files(tmp_path) == before and len(open_states(tmp_path)) == 6
 
 
 # ---- one writer
@@ -490,7 +536,7 @@ def test_names_are_never_read_from_a_file(store):
     side = chunk_file(store, 4, "json")
     d = json.loads(side.read_text())
     for bad in (d | dict(start=0), d | dict(stop=2), d | dict(bytes="9"), d | dict(pairs=d["pairs"] * 9), d | dict(pairs=[d["pairs"][0] | dict(n_target=-1)]),
-                d | dict(pairs=[d["pairs"][0] | dict(n_target=True)]), d | dict(pairs=[d["pairs"][0] | dict(clip_id=["../x"])]), d | dict(skipped=None)):
+                d | dict(pairs=[d["pairs"][0] | dict(n_target=True)]), d | dict(pairs=[d["pairs"][0] | dict(clip_id=["../x"])]), d | dict(skipped=None), d | dict(skipped=["clip1"]), d | dict(skipped=[{"clip_id": 1}])):
         side.write_text(json.dumps(bad))
         with pytest.raises(StoreError): open_states(store)
     side.write_text(json.dumps(d | dict(file="../../etc/passwd"))) # not a field of ours: nobody looks

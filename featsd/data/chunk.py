@@ -179,12 +179,14 @@ def read_sidecar(file,       # chunks/chunk_….json
     tensors = file.with_suffix(".safetensors")
     for p in (file, tensors): _check(inside(file.parent.parent, p), p, "expected a file of the store, found a link that leaves it")
     try: d = read_json(file)
-    except (ValueError, OSError) as e: raise StoreError(f"{' '.join(str(e).split())}; {_REPAIR}") from None
+    except (ValueError, FileNotFoundError) as e: raise StoreError(f"{' '.join(str(e).split())}; {_REPAIR}") from None
+    except OSError as e: e.filename = e.filename or str(file); raise # says nothing about the bytes
     _check(isinstance(d, dict) and name and d.get("start") == int(name[1]) and file.name == chunk_file("", int(name[1]), "json").name,
            file, f"expected the sidecar of pair {name and int(name[1])}, found something else")
     _check(_int(d.get("stop"), d["start"]) and _int(d.get("bytes")) and isinstance(d.get("sha256"), str), file, "expected stop, bytes and sha256")
     pairs, skipped = d.get("pairs"), d.get("skipped")
-    _check(isinstance(pairs, list) and isinstance(skipped, list), file, "expected lists of pairs and skipped clips")
+    _check(isinstance(pairs, list) and isinstance(skipped, list) and all(isinstance(s, dict) and isinstance(s.get("clip_id"), str) for s in skipped),
+           file, "expected lists of pairs and skipped clips")
     _check(all(isinstance(p, dict) and all(type(p.get(k)) is t for k, t in _PAIR_FIELDS.items()) and _int(p["n_target"]) and
                _int(p["n_draft"]) and p["question_idx"] >= 0 for p in pairs), file, "expected clip, question, lengths and texts of each pair")
     _check(len(pairs) <= d["stop"] - d["start"], file, f"expected at most {d['stop'] - d['start']} pairs, found {len(pairs)}")
@@ -289,12 +291,14 @@ def save_chunk(path, start:int, stop:int, pairs:list, skipped, tensors:dict, che
     rows = [{"clip_id": p.clip_id, "question_idx": int(p.question_idx), "question": p.question, "n_target": p.rows("target"),
              "n_draft": p.rows("draft"), "target_text": p.target_text, "draft_text": p.draft_text, "sequence": p.sequence} for p in pairs]
     with disk_errors(file):
-        side.unlink(missing_ok=True) # the old two files must not count while the new ones are half there
-        sync_folder(file.parent)
-        with atomic_write(file) as f: size, sha = write_tensors(f, tensors)
-        d = {"start": start, "stop": stop, "bytes": size, "sha256": sha, "checks": checks, "pairs": rows,
-             "skipped": [{"clip_id": str(c), "reason": str(r)} for c, r in skipped]}
-        with atomic_write(side) as f: f.write(json.dumps(d, sort_keys=True, separators=(",", ":")).encode())
+        with atomic_write(side) as s, atomic_write(file) as f: # the inner one gets its name first
+            size, sha = write_tensors(f, tensors)
+            d = {"start": start, "stop": stop, "bytes": size, "sha256": sha, "checks": checks, "pairs": rows,
+                 "skipped": [{"clip_id": str(c), "reason": str(r)} for c, r in skipped]}
+            s.write(json.dumps(d, sort_keys=True, separators=(",", ":")).encode())
+            for x in (f, s): x.flush(); os.fsync(x.fileno()) # a full disk says so here, while an old chunk is still whole
+            side.unlink(missing_ok=True) # the old two files must not count while the new ones get their names
+            sync_folder(file.parent)
     return d
 
 # %% ../../nbs/data/12_chunk.ipynb #cell026
@@ -303,7 +307,7 @@ class read_errors:
     def __init__(self, file): self.file = file
     def __enter__(self): return self
     def __exit__(self, kind, e, tb):
-        if isinstance(e, (SafetensorError, OSError)) or (isinstance(e, ValueError) and not isinstance(e, FeatsdError)):
+        if isinstance(e, (SafetensorError, FileNotFoundError)) or (isinstance(e, ValueError) and not isinstance(e, FeatsdError)):
             raise StoreError(f"{self.file}: expected a safetensors chunk, found {' '.join(str(e).split())}; {_REPAIR}") from None
 
 class ChunkFile:

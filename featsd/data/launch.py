@@ -122,7 +122,7 @@ class Claims:
                 ):
         self.launch, self.left, self.has, self.wait_s, self.waiting, self.mine, self.fd = launch, left, has, wait_s, waiting, 0, None
         self.file, self.tag = Path(path)/".claims", hashlib.sha256(str(launch.group).encode()).digest()[:8]
-        if launch.world > 1 and left: self.fd = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        if launch.world > 1 and left: self.fd = os.open(self.file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         self.moved(0)
 
     def moved(self, pairs): # so many more are done

@@ -97,7 +97,7 @@ def rebuild_index(path)->dict:
     good = []
     for start in chunk_starts(path):
         try: good.append(read_sidecar(chunk_file(path, start, "json")))
-        except StoreError: continue
+        except (StoreError, OSError): continue
     index = {"chunks": [{k: d[k] for k in ("start", "stop", "bytes", "sha256")} | {"pairs": len(d["pairs"]), "skipped": len(d["skipped"])}
                         for d in good], "pairs": sum(len(d["pairs"]) for d in good), "skipped": sum(len(d["skipped"]) for d in good)}
     write_json(Path(path)/"index.json", index)
@@ -146,14 +146,15 @@ class StoreWriter:
 
     def missing(self, total:int, # pairs planned
                 full=False, # hash every chunk instead of comparing sizes
+                done=None, # done(start, stop): is that range there? Default: whole and as long as planned
                )->list: # (start, stop) of the chunks still to write
         "What is left to do; a chunk that is damaged, or shorter than now planned, is done again"
         self.total, out = total, []
         for start in range(0, total, self.chunk_size):
             stop = min(start + self.chunk_size, total)
-            try: done = read_sidecar(chunk_file(self.path, start, "json"), full)["stop"] >= stop
-            except StoreError: done = False
-            if not done: out.append((start, stop))
+            try: there = done(start, stop) if done else read_sidecar(chunk_file(self.path, start, "json"), full)["stop"] >= stop
+            except StoreError: there = False
+            if not there: out.append((start, stop))
         return out
 
     def write_chunk(self, start:int, # number of the first pair: a multiple of the chunk size
@@ -424,15 +425,21 @@ def verify_store(path, repair=False)->list: # (file, verdict) with verdict "ok",
         if (study := manifest.get("study")) is not None: out.append(("study.json", _verdict(lambda: check_hash(path/"study.json", study))))
         if (path/"head.safetensors").exists(): out.append(("head.safetensors", _verdict(lambda: read_head(path, manifest))))
         elif manifest.get("head_hash") and study is None: out.append(("head.safetensors", "missing: extract into a fresh folder"))
-        end = 0
-        for start in chunk_starts(path):
+        end, size, sides = 0, manifest["chunk_size"], {}
+        verdicts = {start: _verdict(lambda: _verify_chunk(path, start, manifest, sides)) for start in chunk_starts(path)}  # noqa: B023
+        none = len(verdicts) > 1 and "ok" not in verdicts.values() # rather one bad manifest than that many bad chunks
+        for start, verdict in verdicts.items():
             name = chunk_file("", start).as_posix()
-            if start > end: out.append((chunk_file("", end).as_posix(), f"missing: pairs {end} to {start - 1}, resume the extraction"))
-            verdict, end, found = _verdict(lambda: _verify_chunk(path, start, manifest)), start + manifest["chunk_size"], found | {name}  # noqa: B023
-            if repair and verdict != "ok":
+            if start > end: out.append((chunk_file("", end - end % size).as_posix(), f"missing: pairs {end} to {start - 1}, resume the extraction"))
+            end, found = min(sides.get(start, {}).get("stop", start + size), start + size), found | {name}
+            if none: verdict = f"{verdict.split('; drop it with')[0]}; so is every chunk: check manifest.json, nothing is dropped"
+            elif repair and verdict != "ok" and not verdict.startswith(_UNREAD):
                 for ext in ("json", "safetensors"): chunk_file(path, start, ext).unlink(missing_ok=True)
                 verdict = f"dropped: {verdict.split('; drop it with')[0]}"
             out.append((name, verdict))
+        good = [d for start, d in sides.items() if verdicts[start] == "ok"]
+        if clips := len({s["clip_id"] for d in good for s in d["skipped"]}):
+            out.append(("chunks", f"ok: {sum(d['stop'] - d['start'] - len(d['pairs']) for d in good)} pairs of {clips} clips are not there, the clips could not be read"))
         extra = [p for p in (*path.glob("*"), *(path/"chunks").glob("*")) if p.name.endswith(".tmp") or
                  (p.parent.name == "chunks" and p.suffix == ".safetensors" and p.relative_to(path).as_posix() not in found)]
         for p in sorted(extra):
@@ -447,14 +454,18 @@ def check_hash(file, sha256):
     "The file must be the one whose hash was recorded"
     if not file.is_file() or sha256_file(file) != sha256: raise StoreError(f"{file}: expected sha256 {str(sha256)[:12]}…, found {'another' if file.is_file() else 'no file'}; convert again")
 
+_UNREAD = "cannot be read now" # a disk that errs, rights that are missing: nothing is known of the bytes
+
 def _verdict(check):
     try: check()
-    except (ValueError, OSError) as e: return " ".join(str(e).split())
+    except ValueError as e: return " ".join(str(e).split())
+    except OSError as e: return f"{_UNREAD} ({' '.join(str(e).split())}); mend the disk or the rights and verify again"
     return "ok"
 
-def _verify_chunk(path, start, manifest):
+def _verify_chunk(path, start, manifest, sides): # sides[start]: the sidecar, once its file's hash is right
     "One chunk against its sidecar and the manifest, down to the rows"
-    at, file = row_starts(read_sidecar(chunk_file(path, start, "json"), full=True)), chunk_file(path, start)
+    d, file = read_sidecar(chunk_file(path, start, "json"), full=True), chunk_file(path, start)
+    sides[start], at = d, row_starts(d)
     c = ChunkFile(file, manifest, at)
     for s in manifest["streams"]:
         bad = not_finite(lambda a, b: c(s, a, b), int(at[-1][int(ROWS[s] == "draft")]))  # noqa: B023
