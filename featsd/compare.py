@@ -544,8 +544,11 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
             some = None
             notes.append(f"{e}: fusion weighs both experts alike and the gate is .8; give --val a store of clips that nothing else uses")
         if some is not None:
+            states = open_states(val) if val else None
+            if both := {c.id for c in held_out} & set(states.clips if val else some.clip_ids):
+                raise FeatsdError(f"clip {sorted(both)[0]}: it is among the validation clips and it is to be compared on ({len(both)} such clips); hold clips out, or give --val a store of others")
             where = cache/f"hidden_states_{pair.target.model_hash[:6]}_{pair.draft.model_hash[:6]}"
-            states = open_states(val or extract(where, dataset_dir, pair, "val", duration or "1s", quant, val_clips, questions, max_new_tokens, batch_clips=batch_clips, progress=progress))
+            if not val: states = open_states(extract(where, dataset_dir, pair, "val", duration or "1s", quant, val_clips, questions, max_new_tokens, batch_clips=batch_clips, progress=progress))
             prompts = [encode_prompt(pair, c, q) for c in held_out[:2] for q in asked[:2]] # for times only: nothing is fitted on what they say
     with quiet_clock(threads): made, lines = build_drafters(names, pair, given, tables, templates, states, prompts, dynamic, max_new_tokens)
     wrong = [n for n, d in made.items() if kind_of(d) == "sensor" and n.split()[0].rstrip(",") in ("aligned", "gated")] if wrong_clip else []

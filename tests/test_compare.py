@@ -9,9 +9,11 @@ from torch import nn
 
 from featsd import compare as C
 from featsd import makers
+from featsd.adapters import create_adapter
 from featsd.core import FeatsdError
 from featsd.data.answers import Answers
 from featsd.decode import AdversarialDraft, Decoded, Draft, Drafter, NullDraft, OracleDraft
+from featsd.extract import extract
 
 V, EOS = 12, 0
 
@@ -275,10 +277,16 @@ def test_material_is_checked():
         with pytest.raises(FeatsdError, match=what): C.run_comparison(say=lambda s: None, **kw)
 
 
-def test_words_of_another_tokenizer(tmp_path):
+def test_words_of_another_tokenizer_and_clips_in_two_roles(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATSD_HOME", str(tmp_path/"home"))
     a = Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""], "theirs")
     makers.write_answers(tmp_path/"w.jsonl", a)
     with pytest.raises(FeatsdError, match="tokenizer theirs, chain has words"): makers.read_words(tmp_path/"w.jsonl", Chain())
+    store = extract(tmp_path, split="test", quant="fp32", max_samples=1, max_questions=1, progress=False)
+    with pytest.raises(FeatsdError, match="answers of tokenizer .*, chain has words"): makers.read_words(store, Chain()) # a store says whose ids it holds
+    create_adapter(1, hidden_dim=128).save_checkpoint(tmp_path/"a.pt")
+    with pytest.raises(FeatsdError, match="test-000000: it is among the validation clips.*--val a store of others"): # nothing is fitted on what is compared
+        C.run_comparison(adapters=[tmp_path/"a.pt"], drafters=["fused"], clips=1, questions=1, word_clips=2, val=store, out=tmp_path, progress=False)
 
 
 def test_on_the_built_in_pair(tmp_path):
