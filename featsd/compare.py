@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import FeatsdError, atomic_write, lib_versions, write_json
+from .core import FeatsdError, atomic_write, home, lib_versions, write_json
 from .data import figures
 from .data.answers import Interval, clip_bootstrap
 from .data.clips import open_clips
@@ -534,7 +534,7 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
     notes = [f"{len(lost)} clips skipped: " + "; ".join(f"{i}: {why}" for i, why in lost[:3])] if lost else []
     tables = templates = states = None
     if needs & {"ngram", "template"}:
-        log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, 0, dataset_dir, True, batch_clips, progress, duration)
+        log = read_words(words, pair.target) if words else training_words(pair, asked, word_clips, 0, dataset_dir, home("words"), batch_clips, progress, duration, max_new_tokens)
         if both := {c.id for c in held_out} & set(log.clips): raise FeatsdError(f"clip {sorted(both)[0]}: its answers are among the training words and it is to be compared on ({len(both)} such clips); hold clips out")
         tables, templates = word_experts(log, asked, pair.target.tokenizer_hash)
     prompts = []
