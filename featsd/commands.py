@@ -323,7 +323,7 @@ def featsd_compare(
     val_clips:int=24, # validation clips
     draft_layers:str="", # depths of the draft to try with every adapter, commas between; default: what each was trained on
     dynamic:bool=True, # no variants that stop drafting where they are unsure
-    wrong_clip:store_true=False, # also run the sensor drafters with another clip's events: what is left is language
+    wrong_clip:store_true=False, # also run every drafter that uses the draft's states with the events of a clip of another sequence: what is left is language
     transformers:bool=True, # do not time transformers' generate
     max_new_tokens:int=50, # tokens per answer
     plain_runs:int=3, # timed runs of plain decoding per prompt

@@ -242,7 +242,19 @@ def test_wrong_clip_is_a_control():
     assert [(r.name, r.kind) for r in c.rows] == [("x", "null"), ("x, wrong clip", "control")]
     assert c.best("null").name == "x"
     pair, clips = world(1)
-    with pytest.raises(FeatsdError, match="two clips"): C.compare(pair, clips, {"x": NullDraft()}, (2,), ["a ?"], wrong_clip=("x",))
+    with pytest.raises(FeatsdError, match="at least two sequences, found 1 of one"): C.compare(pair, clips, {"x": NullDraft()}, (2,), ["a ?"], wrong_clip=("x",))
+    drive = [NS(id=str(i), sequence=s) for i, s in enumerate("aabbba")] # neighbours of one drive share frames
+    assert [c.id for c in C.other_clips(drive)] == list("225552")
+    with pytest.raises(FeatsdError, match="3 of one; compare on more clips"): C.ask(pair, drive[2:5], ["a ?"], True)
+    with pytest.raises(FeatsdError, match="none of the drafters raw, ngram uses.*add aligned"): C.run_comparison(drafters=["raw", "ngram"], wrong_clip=True)
+
+
+def test_every_sensor_drafter_has_a_control(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATSD_HOME", str(tmp_path/"home"))
+    create_adapter(1, hidden_dim=128).save_checkpoint(tmp_path/"a.pt")
+    c = C.run_comparison(adapters=[tmp_path/"a.pt"], drafters=["fused", "own"], clips=2, questions=1, gammas=(2,), word_clips=2, val_clips=0, wrong_clip=True, out=tmp_path,
+                         plain_runs=1, max_new_tokens=8, transformers=False, progress=False, say=str)
+    assert [r.name for r in c.rows if r.kind == "control"] == ["fused, wrong clip", "own, wrong clip"]
 
 
 def test_saved_whole(tmp_path):
