@@ -438,7 +438,7 @@ def verdict(self:Comparison)->list: # lines
     if null: out.append(f"Best without it: {null.label}: {x(null.measured)}, τ {null.tau:.2f}.")
     if sensor and null:
         d = self.over_null
-        out.append(f"{d}. " + (f"From {d.ratio.groups} clips that decides nothing: compare on {FEW} or more." if d.ratio.groups < FEW else "The second sensor pays." if d.ratio.low > 1 else "Words alone do as well, for nothing." if d.ratio.high < 1 else "The data does not say which is faster."))
+        out.append(f"{d}. " + (f"From {d.ratio.groups} clips that decides nothing: compare on {FEW} or more." if d.ratio.groups < FEW else ("The second sensor pays." if sensor.measured.low > 1 else "Faster than words, but not than plain decoding.") if d.ratio.low > 1 else "Words alone do as well, for nothing." if d.ratio.high < 1 else "The data does not say which is faster."))
     raw = self.best("null", key=lambda r: r.measured.value if r.name == "raw" else -1.)
     if raw and raw.name == "raw": out.append(f"The draft's own tokens, unaligned: {100 * raw.alpha:.1f} % accepted, {x(raw.measured)} at best.")
     wins = [r for r in self.by_question() if r["advantage"].ratio.value < 1]
@@ -523,12 +523,13 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
                   )->Comparison:
     "Fit what must be fitted on training and validation clips, compare on held-out ones, write everything down"
     for g in gammas: check_settings(g, max_new_tokens, "lossless", None)
-    for value, what in ((clips, "clips"), (questions, "questions"), (threads, "threads")):
-        if value < 1: raise FeatsdError(f"{what} {value}: expected at least 1")
+    for value, what in ((clips, "clips"), (questions, "questions"), (threads, "threads"), (plain_runs, "plain_runs"), (batch_clips, "batch_clips")):
+        if value < 1: raise FeatsdError(f"--{what} {value}: expected at least 1; give 1 or more")
+    if not gammas: raise FeatsdError("--gammas: expected at least one γ, found none; give for example 1,2,4")
     names = list(drafters or [n for n in ALL if adapters or "adapter" not in NEEDS[n]])
     if wrong := [p for n in names for p in n.split("+") if p not in NEEDS]: raise FeatsdError(f"drafter {wrong[0]!r}: expected one of {', '.join(NEEDS)}, or several joined by '+'")
     needs, out, cache = set(sum((NEEDS[p] for n in names for p in n.split("+")), ())), Path(out), Path(cache or out)
-    if "adapter" in needs and not adapters: raise FeatsdError(f"drafter {next(n for n in names if 'adapter' in NEEDS[n.split('+')[0]])!r}: {TRAIN_ONE}")
+    if "adapter" in needs and not adapters: raise FeatsdError(f"drafter {next(n for n in names if any('adapter' in NEEDS[p] for p in n.split('+')))!r}: {TRAIN_ONE}")
     if wrong_clip and not {"own", "aligned", "free", "fused", "gated"} & {p for n in names for p in n.split("+")}:
         raise FeatsdError(f"--wrong_clip: none of the drafters {', '.join(names)} uses the draft model's states; add aligned or own, or leave --wrong_clip out")
     if not adapters: say(TRAIN_ONE)

@@ -146,7 +146,9 @@ def build_drafters(names, pair, adapters=None, # of `adapters_of`
         if label not in cache:
             adapter, layers = adapters[label]
             s = {"weights": (1., 1.), "gate": .8, "stop": {}}
-            if val is not None and layers in (None, len(pair.draft.decoder.layers)):
+            fits = layers in (None, len(pair.draft.decoder.layers))
+            if val is not None and not fits: lines.append(f"{label}: fusion weighs both experts alike and the gate is .8, for the validation states are of all {len(pair.draft.decoder.layers)} layers of the draft")
+            if val is not None and fits:
                 s["weights"] = fit_fusion(val, tables, adapter, pair.target.head)
                 ops = opinions(val, tables, adapter, pair.target.head, s["weights"])
                 k = measured_costs(pair.target, make_drafter("fused", pair, adapter, tables, weights=s["weights"]), prompts, max_new_tokens=max_new_tokens) if prompts else None

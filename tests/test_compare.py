@@ -14,6 +14,7 @@ from featsd.core import FeatsdError
 from featsd.data.answers import Answers
 from featsd.decode import AdversarialDraft, Decoded, Draft, Drafter, NullDraft, OracleDraft
 from featsd.extract import extract
+from featsd.models.backbone import load_pair
 
 V, EOS = 12, 0
 
@@ -176,6 +177,9 @@ def test_words_that_win_are_said_to_win(monkeypatch):
     assert c.over_null.ratio.high < 1 and "Recommended: good, γ 3" in text and c.over_runner_up.b.startswith("bad")
     for r in c.rows: r.kind = "sensor" if r.name == "good" else "null"
     assert "The second sensor pays." in "\n".join(c.verdict())
+    for r in c.rows: r.measured = r.measured._replace(low=.9) # the best of two that are slower than plain decoding
+    text = "\n".join(c.verdict())
+    assert "Faster than words, but not than plain decoding." in text and "sensor pays" not in text and c.over_null.ratio.low > 1
 
 
 def rows(*ms, name="r"): return [NS(label=f"{name}{i}", ms=list(m)) for i, m in enumerate(ms)]
@@ -287,6 +291,13 @@ def test_material_is_checked():
     with pytest.raises(FeatsdError, match="'seer'"): makers.build_drafters(["seer"], NS(draft=None, target=None, shared_vocab=1))
     for kw, what in ((dict(gammas=(0,)), "gamma 0"), (dict(clips=0), "clips 0"), (dict(threads=0), "threads 0"), (dict(drafters=["seer"]), "'seer'"), (dict(drafters=["aligned"]), "--adapter")):
         with pytest.raises(FeatsdError, match=what): C.run_comparison(say=lambda s: None, **kw)
+
+
+def test_an_adapter_of_other_layers_is_said_to_be_unfitted(monkeypatch):
+    monkeypatch.setattr(makers, "shortened", lambda pair, layers: pair) # the built-in draft has one layer
+    pair, a = load_pair("pocket"), Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""])
+    _, lines = makers.build_drafters(["fused", "gated"], pair, {"L1 of 2 layers": (create_adapter(1, hidden_dim=128), 2)}, makers.word_experts(a, ["q"])[0], val=object())
+    assert [x.startswith("L1 of 2 layers: fusion weighs both experts alike and the gate is .8") for x in lines] == [True]
 
 
 def test_words_of_another_tokenizer_and_clips_in_two_roles(tmp_path, monkeypatch):
