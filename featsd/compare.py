@@ -168,12 +168,13 @@ class Curves:
 
 def curves_of_runs(runs, answers, gamma)->Curves:
     "Curves of an arm over all its cycles"
-    right, drafted, passed, reached, cycles = (np.zeros(gamma, dtype=int) for _ in range(5))
+    longest = max([gamma, *(k for r in runs for k in r.done.drafted)]) # the first block of a free run may exceed γ
+    right, drafted, passed, reached, cycles = (np.zeros(longest, dtype=int) for _ in range(5))
     for run, answer in zip(runs, answers, strict=True):
         at = 0
         for block, n, k in zip(run.blocks, run.done.accepted, run.done.drafted, strict=True):
             cycles += 1
-            for i in range(min(k, gamma)):
+            for i in range(k):
                 drafted[i] += at + i < len(answer)
                 right[i] += at + i < len(answer) and block[i] == answer[at + i]
                 reached[i] += i <= n

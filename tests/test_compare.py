@@ -214,6 +214,12 @@ def test_curves_obey_the_laws_on_random_cycles():
         assert 0 <= c.alpha <= 1 and c.prefix[0] <= (c.marginal[0] or 0) + 1e-12
 
 
+def test_a_first_block_longer_than_gamma_is_counted_whole():
+    done = NS(accepted=[5, 1], drafted=[6, 2])
+    c = C.curves_of_runs([C.Run(done, [[1, 2, 3, 4, 5, 0], [7, 0]], 0)], [[1, 2, 3, 4, 5, 6, 7, 8]], 2)
+    assert c.prefix == [1, .5, .5, .5, .5, 0] and sum(c.prefix) == np.mean(done.accepted) and c.alpha == .75 # 6 of 8
+
+
 def test_threads_and_collector_are_put_back():
     before = torch.get_num_threads()
     with C.quiet_clock(1): assert torch.get_num_threads() == 1
