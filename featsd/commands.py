@@ -10,7 +10,18 @@ __all__ = ['featsd_extract', 'featsd_pocket_train', 'featsd_adapters', 'featsd_t
 # %% ../nbs/commands.ipynb #cell002
 from fastcore.script import Param, call_parse, store_true
 
-from .core import command
+from .core import FeatsdError, command
+
+# %% ../nbs/commands.ipynb #cell002a
+def numbers(text, flag)->list: # of int
+    "Whole numbers with commas between"
+    try: return [int(x) for x in text.split(",") if x]
+    except ValueError: raise FeatsdError(f"--{flag}: expected whole numbers with commas between, found {text!r}") from None
+
+def at_least_1(**options):
+    "Counts of which there must be one"
+    for flag, n in options.items():
+        if n < 1: raise FeatsdError(f"--{flag} {n}: expected at least 1; give 1 or more")
 
 # %% ../nbs/commands.ipynb #cell004
 @call_parse
@@ -40,6 +51,7 @@ def featsd_extract(
     max_restarts:int=10, # with --watch: then it gives up
 ):
     "Extract the paired hidden states of a draft and a target. Killed at any instant, the same command continues"
+    at_least_1(**{"chunk_size": chunk_size} if chunked else {"save_interval": save_interval})
     if watch:
         import os
         import sys
@@ -111,7 +123,6 @@ def featsd_train(
     progress:bool=True, # no bar
 ):
     "Train a hidden-state adapter, or all four levels, and write checkpoints, history and curves"
-    from featsd.core import FeatsdError
     from featsd.data.launch import this_launch
     from featsd.train import comparison_table, train_levels
     if not train_data: raise FeatsdError("--train_data: expected a store, found none; give the folder that featsd_extract wrote")
@@ -138,7 +149,6 @@ def featsd_measure(
 ):
     "Measure an adapter beside its baselines: the eight-section report, what a cosine is worth in tokens, acceptance_metrics.json, position_stats.json, calibration.json, figures"
     from featsd.calibration import calibrate_to_folder
-    from featsd.core import FeatsdError
     from featsd.metrics import SDConfig
     from featsd.nulls import measure_to_folder
     if not checkpoint: raise FeatsdError("--checkpoint: expected a file, found none; give a best_model.pt of featsd_train")
@@ -230,8 +240,8 @@ def featsd_size(pairs:int=63_080, # clips times questions
                like:str=None, # a store extracted on this machine, a few clips are enough: its speed foretells the time
                ):
     "Bytes that a planned extraction will take, within 1 % for the lengths given; with --like also its time"
-    from featsd.core import FeatsdError
     from featsd.data.store import DTYPES, ROWS, expected_bytes
+    at_least_1(pairs=pairs, tokens=tokens, dim=dim, chunk_size=chunk_size)
     names = tuple(s.strip() for s in streams.split(","))
     if dtype not in DTYPES or not set(names) <= set(ROWS):
         raise FeatsdError(f"expected dtype among {', '.join(DTYPES)} and streams among {', '.join(ROWS)}, found {dtype} and {streams}; choose from them")
@@ -323,7 +333,7 @@ def featsd_compare(
     val_clips:int=24, # validation clips
     draft_layers:str="", # depths of the draft to try with every adapter, commas between; default: what each was trained on
     dynamic:bool=True, # no variants that stop drafting where they are unsure
-    wrong_clip:store_true=False, # also run the sensor drafters with another clip's events: what is left is language
+    wrong_clip:store_true=False, # also run every drafter that uses the draft's states with the events of a clip of another sequence: what is left is language
     transformers:bool=True, # do not time transformers' generate
     max_new_tokens:int=50, # tokens per answer
     plain_runs:int=3, # timed runs of plain decoding per prompt
@@ -333,10 +343,6 @@ def featsd_compare(
     "Every drafter at every γ on one pair, interleaved, beside plain decoding: measured lossless speedups, and the estimates beside them"
     from pathlib import Path
     from featsd.compare import run_comparison
-    from featsd.core import FeatsdError
-    def numbers(text, flag):
-        try: return [int(x) for x in text.split(",") if x]
-        except ValueError: raise FeatsdError(f"--{flag}: expected whole numbers with commas between, found {text!r}") from None
     counts = numbers(threads, "threads") or [1]
     for n in counts:
         folder = Path(out) if len(counts) == 1 else Path(out)/f"threads_{n}"
@@ -361,13 +367,9 @@ def featsd_replay(
     skip_bad:store_true=False, # leave bad records out and count them, instead of stopping at the first
 ):
     "What every token-level drafter would earn on logged answers, counted without a model"
-    from featsd.core import FeatsdError
     from featsd.data.answers import write_answers
     from featsd.replay import read_log, run_replay
     if not answers: raise FeatsdError("--answers: expected a log, found none; give JSONL, the study's JSON, or the folder of a store")
-    def numbers(text, flag):
-        try: return [int(x) for x in text.split(",") if x]
-        except ValueError: raise FeatsdError(f"--{flag}: expected whole numbers with commas between, found {text!r}") from None
     if write_log: write_answers(write_log, read_log(answers, skip_bad))
     run_replay(answers, fit_fraction, timing, numbers(gammas, "gammas"), numbers(nodes, "nodes"), order, block, out, skip_bad)
 

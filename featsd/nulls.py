@@ -139,8 +139,9 @@ def answers_of(states)->Answers | None:
     "A store's answers; None where it holds no ids (the founding study's files)"
     ids = [(states.target_ids(i), states.draft_ids(i)) for i in range(len(states))]
     if any(x is None for pair in ids for x in pair): return None
+    target = states.manifest.get("target")
     return Answers([p.clip_id for p in states.pairs], [p.question for p in states.pairs], [d for _, d in ids], [t for t, _ in ids],
-                   [p.draft_text for p in states.pairs], [p.target_text for p in states.pairs])
+                   [p.draft_text for p in states.pairs], [p.target_text for p in states.pairs], target.get("tokenizer_hash") or "" if isinstance(target, dict) else "")
 
 # %% ../nbs/03a_nulls.ipynb #cell011
 COLUMNS = ("cos", "accept_90", "consecutive_90", "token_top1", "token_consecutive")

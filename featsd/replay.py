@@ -339,7 +339,6 @@ def log_of_store(store, # folder of an extraction, or `States`
     states = open_states(store) if isinstance(store, (str, Path)) else store
     log = answers_of(states)
     if log is None: raise FeatsdError(f"{states.path}: these states hold no token ids; extract them with featsd_extract")
-    log.tokenizer_hash = states.manifest.get("tokenizer_hash") or log.tokenizer_hash
     if path is not None: write_answers(path, log)
     return log
 

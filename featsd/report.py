@@ -16,7 +16,7 @@ import torch
 from .adapters import load_any_adapter
 from .calibration import calibrate
 from .compare import compare, quiet_clock
-from .core import FeatsdError, atomic_write, lib_versions, read_json, write_json
+from .core import FeatsdError, atomic_write, home, lib_versions, read_json, write_json
 from .data.answers import Answers
 from .data.clips import open_clips
 from .data.figures import figure, save_png, write_html
@@ -110,7 +110,7 @@ def demo(out="featsd_demo_out", # folder for everything
     val = open_states(extract(split="val", max_samples=n_val, wrong_clip=True, **common))
     words = answers_of(train)
     asked = open_clips("pocket", "train", 1).questions
-    if n_words > n_train: words = joined(words, training_words(pair, asked, n_words, n_train, path=True, progress=progress))
+    if n_words > n_train: words = joined(words, training_words(pair, asked, n_words, n_train, keep=home("words"), progress=progress))
 
     say("Train: adapters L1 to L4 on cosine and squared error, then the best level through the target's head")
     settings = dict(output_dir=str(out/"checkpoints"), num_epochs=epochs, early_stopping=6, seed=seed, progress=progress)

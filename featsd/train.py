@@ -340,6 +340,9 @@ def open_data(train_data, val_data, val_split, seed)->tuple: # train, val: State
         if None not in (a, b) and a != b:
             raise FeatsdError(f"{val.path}: validation states with {k} {str(b)[:16]}, expected {str(a)[:16]} as in {train.path}; "
                               "extract both from one pair of models")
+    study = any(s.manifest.get("layout") == "study" or "study" in s.manifest for s in (train, val)) # whose sample names may mean other clips
+    if (both := set(train.clips) & set(val.clips)) and not study:
+        raise FeatsdError(f"{val.path}: clip {sorted(both)[0]} is in training and validation data ({len(both)} such clips); hold clips out")
     return train, val
 
 def fingerprint(states)->str:

@@ -87,13 +87,21 @@ def bad_cases(store, tmp):
         ("featsd_measure", ["--checkpoint", tmp/"narrow.pt", "--test_data", tmp/"evil.pt"], "evil.pt"),
         ("featsd_verify", [tmp/"nowhere"], "nowhere"),
         ("featsd_size", ["--dtype", "int3"], "int3"),
+        ("featsd_size", ["--pairs", "0"], "--pairs 0: expected at least 1; give 1 or more"),
+        ("featsd_size", ["--chunk_size", "0"], "--chunk_size 0"),
+        ("featsd_extract", ["--save_interval", "0"], "--save_interval 0"),
+        ("featsd_compare", ["--batch_clips", "0"], "--batch_clips 0: expected at least 1"),
+        ("featsd_compare", ["--plain_runs", "0"], "--plain_runs 0"),
+        ("featsd_compare", ["--gammas", ","], "--gammas: expected at least one γ"),
+        ("featsd_compare", ["--drafters", "ngram+aligned"], "drafter 'ngram+aligned': no adapter given"),
+        ("featsd_replay", ["--answers", tmp/"x", "--nodes", "4,four"], "--nodes: expected whole numbers with commas between, found '4,four'"),
         ("featsd_adapters", ["--hidden_dim", "-1"], "-1"),
         ("featsd_demo", ["--clips", "1"], "at least 4"),
         ("featsd_timeline", ["--pair", "bucket"], "bucket"),
     ]
 
 
-@pytest.mark.parametrize("case", range(17))
+@pytest.mark.parametrize("case", range(25))
 def test_bad_input_is_one_line_and_status_2(store, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     name, args, said = bad_cases(store, tmp_path/"in")[case]

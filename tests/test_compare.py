@@ -9,9 +9,12 @@ from torch import nn
 
 from featsd import compare as C
 from featsd import makers
+from featsd.adapters import create_adapter
 from featsd.core import FeatsdError
 from featsd.data.answers import Answers
 from featsd.decode import AdversarialDraft, Decoded, Draft, Drafter, NullDraft, OracleDraft
+from featsd.extract import extract
+from featsd.models.backbone import load_pair
 
 V, EOS = 12, 0
 
@@ -174,6 +177,9 @@ def test_words_that_win_are_said_to_win(monkeypatch):
     assert c.over_null.ratio.high < 1 and "Recommended: good, γ 3" in text and c.over_runner_up.b.startswith("bad")
     for r in c.rows: r.kind = "sensor" if r.name == "good" else "null"
     assert "The second sensor pays." in "\n".join(c.verdict())
+    for r in c.rows: r.measured = r.measured._replace(low=.9) # the best of two that are slower than plain decoding
+    text = "\n".join(c.verdict())
+    assert "Faster than words, but not than plain decoding." in text and "sensor pays" not in text and c.over_null.ratio.low > 1
 
 
 def rows(*ms, name="r"): return [NS(label=f"{name}{i}", ms=list(m)) for i, m in enumerate(ms)]
@@ -208,6 +214,12 @@ def test_curves_obey_the_laws_on_random_cycles():
         assert 0 <= c.alpha <= 1 and c.prefix[0] <= (c.marginal[0] or 0) + 1e-12
 
 
+def test_a_first_block_longer_than_gamma_is_counted_whole():
+    done = NS(accepted=[5, 1], drafted=[6, 2])
+    c = C.curves_of_runs([C.Run(done, [[1, 2, 3, 4, 5, 0], [7, 0]], 0)], [[1, 2, 3, 4, 5, 6, 7, 8]], 2)
+    assert c.prefix == [1, .5, .5, .5, .5, 0] and sum(c.prefix) == np.mean(done.accepted) and c.alpha == .75 # 6 of 8
+
+
 def test_threads_and_collector_are_put_back():
     before = torch.get_num_threads()
     with C.quiet_clock(1): assert torch.get_num_threads() == 1
@@ -240,7 +252,19 @@ def test_wrong_clip_is_a_control():
     assert [(r.name, r.kind) for r in c.rows] == [("x", "null"), ("x, wrong clip", "control")]
     assert c.best("null").name == "x"
     pair, clips = world(1)
-    with pytest.raises(FeatsdError, match="two clips"): C.compare(pair, clips, {"x": NullDraft()}, (2,), ["a ?"], wrong_clip=("x",))
+    with pytest.raises(FeatsdError, match="at least two sequences, found 1 of one"): C.compare(pair, clips, {"x": NullDraft()}, (2,), ["a ?"], wrong_clip=("x",))
+    drive = [NS(id=str(i), sequence=s) for i, s in enumerate("aabbba")] # neighbours of one drive share frames
+    assert [c.id for c in C.other_clips(drive)] == list("225552")
+    with pytest.raises(FeatsdError, match="3 of one; compare on more clips"): C.ask(pair, drive[2:5], ["a ?"], True)
+    with pytest.raises(FeatsdError, match="none of the drafters raw, ngram uses.*add aligned"): C.run_comparison(drafters=["raw", "ngram"], wrong_clip=True)
+
+
+def test_every_sensor_drafter_has_a_control(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATSD_HOME", str(tmp_path/"home"))
+    create_adapter(1, hidden_dim=128).save_checkpoint(tmp_path/"a.pt")
+    c = C.run_comparison(adapters=[tmp_path/"a.pt"], drafters=["fused", "own"], clips=2, questions=1, gammas=(2,), word_clips=2, val_clips=0, wrong_clip=True, out=tmp_path,
+                         plain_runs=1, max_new_tokens=8, transformers=False, progress=False, say=str)
+    assert [r.name for r in c.rows if r.kind == "control"] == ["fused, wrong clip", "own, wrong clip"]
 
 
 def test_saved_whole(tmp_path):
@@ -275,10 +299,23 @@ def test_material_is_checked():
         with pytest.raises(FeatsdError, match=what): C.run_comparison(say=lambda s: None, **kw)
 
 
-def test_words_of_another_tokenizer(tmp_path):
+def test_an_adapter_of_other_layers_is_said_to_be_unfitted(monkeypatch):
+    monkeypatch.setattr(makers, "shortened", lambda pair, layers: pair) # the built-in draft has one layer
+    pair, a = load_pair("pocket"), Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""])
+    _, lines = makers.build_drafters(["fused", "gated"], pair, {"L1 of 2 layers": (create_adapter(1, hidden_dim=128), 2)}, makers.word_experts(a, ["q"])[0], val=object())
+    assert [x.startswith("L1 of 2 layers: fusion weighs both experts alike and the gate is .8") for x in lines] == [True]
+
+
+def test_words_of_another_tokenizer_and_clips_in_two_roles(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATSD_HOME", str(tmp_path/"home"))
     a = Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""], "theirs")
     makers.write_answers(tmp_path/"w.jsonl", a)
     with pytest.raises(FeatsdError, match="tokenizer theirs, chain has words"): makers.read_words(tmp_path/"w.jsonl", Chain())
+    store = extract(tmp_path, split="test", quant="fp32", max_samples=1, max_questions=1, progress=False)
+    with pytest.raises(FeatsdError, match="answers of tokenizer .*, chain has words"): makers.read_words(store, Chain()) # a store says whose ids it holds
+    create_adapter(1, hidden_dim=128).save_checkpoint(tmp_path/"a.pt")
+    with pytest.raises(FeatsdError, match="test-000000: it is among the validation clips.*--val a store of others"): # nothing is fitted on what is compared
+        C.run_comparison(adapters=[tmp_path/"a.pt"], drafters=["fused"], clips=1, questions=1, word_clips=2, val=store, out=tmp_path, progress=False)
 
 
 def test_on_the_built_in_pair(tmp_path):

@@ -472,6 +472,7 @@ def test_bad_data_leaves_nothing(store, tmp_path):
     refused("expected training pairs", states.subset([]), states)
     refused("expected validation pairs", states, states.subset([]))
     refused("two clips", make_store(tmp_path/"one", pairs=6))
+    refused("clip clip00 is in training and validation data (10 such clips)", store, make_store(tmp_path/"same"))
     refused("needs the target's head", headless, loss="ce")
     shutil.copytree(store, tmp_path/"swapped")
     make_head(7).save(tmp_path/"swapped"/"head.safetensors")
