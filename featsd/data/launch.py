@@ -90,7 +90,7 @@ def supervise(argv, n:int, # processes
     asked, told, bad = [], None, None
     env = {**os.environ, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), GROUP: uuid.uuid4().hex}
     if sys.platform == "linux": env.setdefault("GLOO_SOCKET_IFNAME", "lo") # a machine's name need not lead to it
-    old = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN} # nohup stays nohup
+    old = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN} # nohup stays nohup
     crew = [subprocess.Popen(argv, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, start_new_session=True, preexec_fn=die_with_parent) for r in range(n)]
     try:
         while any([p.poll() is None for p in crew]):

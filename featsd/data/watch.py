@@ -110,7 +110,7 @@ def watch(argv, # type: ignore[return] # command of the child
     def on_signal(number, frame):
         asked.append((number, time.monotonic()))
         if watcher and watcher.child.poll() is None: watcher.child.send_signal(number)
-    old = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN} # nohup stays nohup
+    old = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN} # nohup stays nohup
     try:
         for crashes in range(max_restarts + 1):
             watcher, why = Watcher(argv, heartbeat, stale_s, hung_s), ""
