@@ -531,7 +531,7 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
     if wrong := [p for n in names for p in n.split("+") if p not in NEEDS]: raise FeatsdError(f"drafter {wrong[0]!r}: expected one of {', '.join(NEEDS)}, or several joined by '+'")
     needs, out, cache = set(sum((NEEDS[p] for n in names for p in n.split("+")), ())), Path(out), Path(cache or out)
     if "adapter" in needs and not adapters: raise FeatsdError(f"drafter {next(n for n in names if any('adapter' in NEEDS[p] for p in n.split('+')))!r}: {TRAIN_ONE}")
-    if wrong_clip and not {"own", "aligned", "free", "fused", "gated"} & {p for n in names for p in n.split("+")}:
+    if wrong_clip and not {"own", *(n for n, x in NEEDS.items() if "adapter" in x)} & {p for n in names for p in n.split("+")}:
         raise FeatsdError(f"--wrong_clip: none of the drafters {', '.join(names)} uses the draft model's states; add aligned or own, or leave --wrong_clip out")
     if not adapters: say(TRAIN_ONE)
     pair = lean(parse_pair(pair, quant))

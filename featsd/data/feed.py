@@ -128,11 +128,10 @@ class Feed:
     def __init__(self, states, stream, batch_pairs, sequences=False, device="cpu", cache_bytes=2**30):
         self.states, self.stream, self.batch_pairs, self.sequences, self.device = states, stream, batch_pairs, sequences, device
         self.positions = count_positions(states, stream)
-        longest = max(range(len(states)), key=lambda i: states.length(i, stream), default=None)
-        if sequences and longest is not None and (n := states.length(longest, stream)) > LONGEST:
-            raise FeatsdError(f"{states.path}: pair {longest} has {n:,} positions, expected at most {LONGEST:,} where an adapter reads whole answers (its attention grows with the square); leave it out, or train L1 to L3")
         if not self.positions:
             raise FeatsdError(f"{states.path}: expected positions to learn from, found {len(states)} pairs with none in {stream}; check val_split and the data")
+        if sequences and (n := states.length(longest := max(range(len(states)), key=lambda i: states.length(i, stream)), stream)) > LONGEST:
+            raise FeatsdError(f"{states.path}: pair {longest} has {n:,} positions, expected at most {LONGEST:,} where an adapter reads whole answers (its attention grows with the square); leave it out, or train L1 to L3")
         self.rows = read_rows(states, stream, device) if state_bytes(states, stream) <= cache_bytes else None
         self.steps = min(-(-len(states) // batch_pairs), self.positions)
 
