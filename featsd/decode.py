@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['Prompt', 'encode_prompt', 'Draft', 'Verified', 'Sampling', 'Drafter', 'NullDraft', 'OracleDraft', 'AdversarialDraft',
-           'accept_greedy', 'accept_sampled', 'residual', 'accept_lossy', 'Decoded', 'verify', 'trim',
-           'speculative_decode', 'record', 'check_settings', 'plain_decode', 'EveryChoice', 'exact_law',
-           'speculative_decode_batch', 'read_blocks', 'Certificate', 'logits_along', 'wide_decode', 'certify']
+           'drafter_classes', 'parts_of', 'needs_of', 'weights_of', 'Rule', 'Greedy', 'Sampled', 'residual', 'Cosine',
+           'rule_of', 'Decoded', 'proposal', 'trim', 'verify_draft', 'speculative_decode', 'book', 'check_decoding',
+           'plain_decode', 'Arm', 'ArmRun', 'run_arm', 'EveryChoice', 'exact_law', 'speculative_decode_batch',
+           'check_batch', 'read_blocks', 'Certificate', 'logits_along', 'wide_decode', 'certify']
 
 # %% ../nbs/05_decode.ipynb #cell002
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .core import FeatsdError, lib_versions, write_json
+from .base.core import FeatsdError, lib_versions, write_json
 from .models.backbone import Prefix
 
 # %% ../nbs/05_decode.ipynb #cell005
@@ -31,8 +33,9 @@ def encode_prompt(pair, clip, question:str,
                   draft_clip=None, # another clip for the draft's sensor: what is left is language
                  )->Prompt:
     "What both sensors of a pair make of a clip and a question"
-    return Prompt(pair.target.encode(clip, question), pair.draft.encode(clip if draft_clip is None else draft_clip, question), question,
-                  list(pair.target.prompt(question)[1]))
+    seen = clip if draft_clip is None else draft_clip
+    ids = list(pair.target.prompt(question)[1])
+    return Prompt(pair.target.encode(clip, question), pair.draft.encode(seen, question), question, ids)
 
 @dataclass
 class Draft:
@@ -47,7 +50,7 @@ class Verified:
     "What the target says to a proposal"
     n: int # tokens accepted
     next_id: int # the target's own token after them
-    logits: Tensor # [γ+1, V]
+    p: object # the target's laws [γ+1, V], or its first choices [γ+1]
     h: Tensor # [γ+1, D]
 
 # %% ../nbs/05_decode.ipynb #cell007
@@ -60,8 +63,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature > 0: raise FeatsdError(f"temperature {self.temperature}: expected > 0; for greedy decoding give no sampling")
-        if self.top_k < 0 or int(self.top_k) != self.top_k: raise FeatsdError(f"top_k {self.top_k}: expected an integer ≥ 0")
+        if not self.temperature > 0:
+            raise FeatsdError(f"temperature {self.temperature}: expected > 0; for greedy decoding give no sampling")
+        if self.top_k < 0 or int(self.top_k) != self.top_k:
+            raise FeatsdError(f"top_k {self.top_k}: expected an integer ≥ 0")
         if not 0 < self.top_p <= 1: raise FeatsdError(f"top_p {self.top_p}: expected a share in (0, 1]")
         self.generator = torch.Generator().manual_seed(self.seed)
 
@@ -84,68 +89,119 @@ class Sampling:
         "A token from a law"
         return int(torch.multinomial(law.cpu(), 1, generator=self.generator))
 
-# %% ../nbs/05_decode.ipynb #cell011
+# %% ../nbs/05_decode.ipynb #cell012
 class Drafter:
-    "Base of all drafters; a subclass defines `draft(gamma) -> Draft` over `self.ids`, the answer so far"
-    name, mode = "drafter", "lossless"
+    "Base of all drafters: a subclass defines `propose`; one with a `name` of its own is found by it"
+    name = "drafter"
+    kind = "null" # "sensor" reads the draft's states, "null" does not, "limit" knows the answer
+    needs = () # fields of the kit that must be there
+    compared = True # takes part in a comparison that names no drafters
+    calls = 0 # forwards of the draft model so far
+
+    @classmethod
+    def make(cls, kit): return cls() # kit: `featsd.drafters.Kit`
 
     def start(self, prompt:Prompt, sampling:Sampling=None):
         "A new answer begins"
-        self.prompt, self.sampling, self.ids, self.block = prompt, sampling, [], []
+        self.prompt, self.sampling, self.ids = prompt, sampling, []
 
     def propose(self, gamma:int)->Draft: # at most gamma tokens; may be empty
-        d = self.draft(gamma)
-        self.block = d.ids
-        return d
+        "What may follow `self.ids`, the answer so far"
+        raise NotImplementedError(f"{type(self).__name__}.propose")
 
-    def accept(self, n:int, next_id:int):
-        "The first `n` of the proposed tokens stand, and the target adds one"
-        self.ids += self.block[:n]
-        self.ids.append(next_id)
+    def accept(self, ids:list, next_id:int):
+        "What stands of the proposal, and the target's own token after it"
+        self.ids += [*ids, next_id]
 
-    def draft(self, gamma): raise NotImplementedError(f"{type(self).__name__}.draft")
+    def weights_read(self)->int: return 0 # numbers that a drafted token makes this drafter read
     def __repr__(self): return f"{type(self).__name__}()"
 
+# %% ../nbs/05_decode.ipynb #cell013
 class NullDraft(Drafter):
     "Proposes nothing: plain decoding"
-    name = "null"
-    def draft(self, gamma): return Draft([])
+    name, compared = "null", False
+    def propose(self, gamma): return Draft([])
 
 class OracleDraft(Drafter):
     "Knows the target's greedy answer: the upper bound"
-    name, shift = "oracle", 0
+    name, kind, shift = "oracle", "limit", 0
     def __init__(self, target, # Backbone, asked once per prompt
                  max_new_tokens=50, answer=None): # or the answer itself
         self.target, self.max_new_tokens, self.answer = target, max_new_tokens, answer
 
+    @classmethod
+    def make(cls, kit): return cls(kit.pair.target, kit.max_new_tokens)
+
     def start(self, prompt, sampling=None):
         super().start(prompt, sampling)
-        known = self.target.generate([prompt.target], self.max_new_tokens)[0].ids.tolist() if self.answer is None else list(self.answer)
+        known = self.answer
+        if known is None: known = self.target.generate([prompt.target], self.max_new_tokens)[0].ids.tolist()
         self.known = [(i + self.shift) % self.target.head.vocab_size for i in known]
 
-    def draft(self, gamma): return Draft(self.known[len(self.ids):len(self.ids) + gamma])
+    def propose(self, gamma): return Draft(self.known[len(self.ids):len(self.ids) + gamma])
 
 class AdversarialDraft(OracleDraft):
     "Knows the answer and proposes another token everywhere: the lower bound"
-    name, shift = "adversarial", 1
+    name, compared, shift = "adversarial", False, 1
 
-# %% ../nbs/05_decode.ipynb #cell013
-def accept_greedy(best:list, # [γ+1] the target's first choices
-                  draft:Draft): # n, next id
+# %% ../nbs/05_decode.ipynb #cell015
+def drafter_classes()->dict: # name → class
+    "Every subclass of `Drafter` with a name of its own, wherever it is defined; of two with one name the later one"
+    def below(cls): return [d for c in cls.__subclasses__() for d in (c, *below(c))]
+    return {c.name: c for c in below(Drafter) if "name" in vars(c)}
+
+def parts_of(name:str)->list: # classes
+    "The class behind a name, or the classes behind several names joined by '+'"
+    known, names = drafter_classes(), name.split("+")
+    if wrong := [n for n in names if n not in known]:
+        raise FeatsdError(f"drafter {wrong[0]!r}: expected one of {', '.join(known)}, or several joined by '+'")
+    return [known[n] for n in names]
+
+def needs_of(name:str)->set: return {field for c in parts_of(name) for field in c.needs} # of the kit
+
+# %% ../nbs/05_decode.ipynb #cell017
+def weights_of(model, # Backbone
+               head, adapter=None)->int:
+    "Numbers that one step reads: the decoder without its embeddings, the head, the adapter"
+    decoder = sum(p.numel() for n, p in model.decoder.named_parameters() if "embed_tokens" not in n)
+    own = 0 if adapter is None else sum(p.numel() for p in adapter.parameters())
+    return decoder + head.lm_head.weight.numel() + own
+
+# %% ../nbs/05_decode.ipynb #cell019
+class Rule:
+    "Which drafted tokens stand: `read` takes from the logits what `accept` asks of them"
+    mode, sampling = "lossless", None
+
+    def read(self, logits): # [γ+1, V] → [γ+1] first choices
+        return logits.argmax(-1).tolist() # the cycle's only wait for the device
+
+    def accept(self, p, draft:Draft, h=None): # n, next id; p: what `read` gave, h: [γ+1, D]
+        raise NotImplementedError(f"{type(self).__name__}.accept")
+
+@dataclass
+class Greedy(Rule):
     "Tokens stand while they are the target's first choice"
-    n = 0
-    while n < len(draft.ids) and draft.ids[n] == best[n]: n += 1
-    return n, best[n]
+    def accept(self, best, draft, h=None):
+        n = 0
+        while n < len(draft.ids) and draft.ids[n] == best[n]: n += 1
+        return n, best[n]
 
-def accept_sampled(logits, draft, sampling): # n, next id
+# %% ../nbs/05_decode.ipynb #cell021
+@dataclass
+class Sampled(Rule):
     "Leviathan et al. 2023, Algorithm 1"
-    p, x, q = sampling.law(logits), draft.ids, draft.probs # p: [γ+1, V], q: [γ, V]
-    if x:
-        rows, x = torch.arange(len(x), device=p.device), torch.tensor(x, device=p.device)
-        if q is None: q = torch.zeros_like(p[:-1]).scatter(1, x[:, None], 1.)
-        n = sampling.survivors(p[rows, x] / q[rows, x]) # min(1, p/q)
-        if n < len(x): return n, sampling.draw(residual(p[n], q[n]))
-    return len(x), sampling.draw(p[-1]) # all stand: the extra token
+    sampling: Sampling
+
+    def read(self, logits): return self.sampling.law(logits) # p: [γ+1, V]
+
+    def accept(self, p, draft, h=None):
+        x, q = draft.ids, draft.probs # q: [γ, V]
+        if x:
+            rows, x = torch.arange(len(x), device=p.device), torch.tensor(x, device=p.device)
+            if q is None: q = torch.zeros_like(p[:-1]).scatter(1, x[:, None], 1.)
+            n = self.sampling.survivors(p[rows, x] / q[rows, x]) # min(1, p/q)
+            if n < len(x): return n, self.sampling.draw(residual(p[n], q[n]))
+        return len(x), self.sampling.draw(p[-1]) # all stand: the extra token
 
 def residual(p, q): # [V], [V] → [V]
     "norm((p − q)+): what the draft's law under-served"
@@ -153,16 +209,32 @@ def residual(p, q): # [V], [V] → [V]
     total = left.sum()
     return left / total if total > 0 else p # p = q up to rounding: nothing is under-served
 
-def accept_lossy(logits, draft, h, tau): # n, next id
-    "Mode B: tokens stand while cos(aligned state, target's state) > tau. LOSSY"
-    n, k = 0, len(draft.ids)
-    if k:
-        if draft.states is None or draft.states.shape[-1] != h.shape[-1]:
-            raise FeatsdError("lossy mode: this drafter has no states to compare with the target's; use 'aligned' with an adapter, or the lossless mode")
-        n = int((torch.cosine_similarity(draft.states[:k].float(), h[:k].float(), dim=-1) > tau).cumprod(0).sum())
-    return n, int(logits[n].argmax())
+# %% ../nbs/05_decode.ipynb #cell024
+@dataclass
+class Cosine(Rule):
+    "Mode B: tokens stand while cos(aligned state, target's state) > least_cos. LOSSY"
+    least_cos: float = .9
+    mode = "lossy"
 
-# %% ../nbs/05_decode.ipynb #cell015
+    def accept(self, best, draft, h):
+        n, k = 0, len(draft.ids)
+        if k:
+            if draft.states is None or draft.states.shape[-1] != h.shape[-1]:
+                raise FeatsdError("lossy mode: this drafter has no states to compare with the target's; "
+                                  "use 'aligned' with an adapter, or the lossless mode")
+            near = torch.cosine_similarity(draft.states[:k].float(), h[:k].float(), dim=-1) > self.least_cos
+            n = int(near.cumprod(0).sum())
+        return n, best[n]
+
+def rule_of(mode="lossless", # "lossless" or "lossy"
+            least_cos=.9, sampling:Sampling=None)->Rule: # None: greedy
+    "The rule that a command's words stand for"
+    if mode not in ("lossless", "lossy"): raise FeatsdError(f"mode {mode!r}: expected 'lossless' or 'lossy'")
+    if mode == "lossy" and sampling is not None:
+        raise FeatsdError("mode 'lossy' is greedy; leave the sampling away")
+    return Cosine(least_cos) if mode == "lossy" else Greedy() if sampling is None else Sampled(sampling)
+
+# %% ../nbs/05_decode.ipynb #cell028
 @dataclass
 class Decoded:
     "One answer, how it came about and where the time went (milliseconds)"
@@ -177,6 +249,7 @@ class Decoded:
     cycle_ms: list # [cycles] everything
     mode: str = "lossless"
     agreement: float = 1. # lossy mode: share of accepted tokens that the target would have said; lossless: 1
+    blocks: list = field(default_factory=list) # [cycles] the ids that were verified
 
     @property
     def cycles(self): return len(self.accepted)
@@ -191,86 +264,92 @@ class Decoded:
     @property
     def tokens_per_s(self): return 1e3 * len(self.ids) / max(self.decode_ms, 1e-9)
 
-# %% ../nbs/05_decode.ipynb #cell016
-def verify(target, state, pending, draft, sampling=None, mode="lossless", tau=.9)->Verified:
-    "The target reads the pending token and the draft in one forward"
-    block, first = pending + draft.ids, [] if pending else [state.h[:, None]] # [1, 1, D]
-    h = torch.cat([*first, *([target.step(state, torch.tensor([block], device=state.h.device))] if block else [])], 1)[0] # [γ+1, D]
-    logits = target.head.logits(h)
-    if mode == "lossy": n, next_id = accept_lossy(logits, draft, h, tau)
-    elif sampling is None: n, next_id = accept_greedy(logits.argmax(-1).tolist(), draft) # the cycle's only wait for the device
-    else: n, next_id = accept_sampled(logits, draft, sampling)
-    return Verified(n, next_id, logits, h)
+# %% ../nbs/05_decode.ipynb #cell029
+def proposal(drafter, said, gamma, limit, eos)->Draft:
+    "At most γ tokens, none beyond the limit (the target adds one itself) and none after an end token"
+    left = limit - said - 1
+    draft = drafter.propose(min(gamma, left)) if left else Draft([])
+    draft.ids = trim(draft.ids[:left], eos)
+    return draft
 
-def trim(ids, eos): # drafted tokens after an end token can never be said
+def trim(ids, eos): # what follows an end token can never be said
     return ids[:ids.index(eos) + 1] if eos in ids else ids
 
+def verify_draft(target, state, pending, draft, rule)->Verified:
+    "The target reads the pending token and the draft in one forward"
+    block, first = pending + draft.ids, [] if pending else [state.h[:, None]] # [1, 1, D]
+    read = [target.step(state, torch.tensor([block], device=state.h.device))] if block else []
+    h = torch.cat([*first, *read], 1)[0] # [γ+1, D]
+    p = rule.read(target.head.logits(h)) # [γ+1, V], or the first choices
+    n, next_id = rule.accept(p, draft, h)
+    return Verified(n, next_id, p, h)
+
+# %% ../nbs/05_decode.ipynb #cell030
 @torch.no_grad()
 def speculative_decode(target, # Backbone: p
                        drafter:Drafter, # q
                        prompt:Prompt,
                        gamma:int=5, # tokens drafted per cycle
-                       sampling:Sampling=None, # None = greedy
+                       rule:Rule=Greedy(), # which drafted tokens stand: `Greedy`, `Sampled`, or lossy `Cosine`
                        max_new_tokens:int=50,
-                       mode="lossless", # "lossy": the study's Mode B, see `accept_lossy`
-                       tau=.9, # cosine threshold of the lossy mode
                        watch=None, # called after every cycle with (new ids, how many of them were drafted)
                       )->Decoded:
     "Leviathan et al. 2023: the target's own answer, some tokens at a time"
-    check_settings(gamma, max_new_tokens, mode, sampling)
-    now, eos = time.perf_counter, target.eos_id
-    t0 = now()
+    check_decoding(gamma, max_new_tokens, rule)
+    now, eos, t0 = time.perf_counter, target.eos_id, time.perf_counter()
     state = target.prefill([prompt.target])
-    start = int(state.lengths[0])
-    t1 = now()
-    drafter.start(prompt, sampling)
-    out = Decoded([], [], [], [], 1e3 * (t1 - t0), 1e3 * (now() - t1), [], [], [], mode)
+    start, t1 = int(state.lengths[0]), now()
+    drafter.start(prompt, rule.sampling)
+    out = Decoded([], [], [], [], 1e3 * (t1 - t0), 1e3 * (now() - t1), [], [], [], rule.mode)
     ids, pending, agreed = out.ids, [], 0
     while len(ids) < max_new_tokens and (not ids or ids[-1] != eos):
-        t0, left = now(), max_new_tokens - len(ids) - 1 # the target adds one itself
-        draft = drafter.propose(min(gamma, left)) if left else Draft([])
-        x = draft.ids = trim(draft.ids[:left], eos) # x_1..x_γ ~ q
+        t0 = now()
+        draft = proposal(drafter, len(ids), gamma, max_new_tokens, eos) # x_1..x_γ ~ q
         t1 = now()
-        got = verify(target, state, pending, draft, sampling, mode, tau) # n accepted, the next one from p
-        t2, n = now(), got.n
+        got = verify_draft(target, state, pending, draft, rule) # n accepted, the next one from p
+        t2, x, n = now(), draft.ids, got.n
         new = trim(x[:n] + [got.next_id], eos)
         ids += new
         target.rollback(state, [start + len(ids) - 1]) # all that stands but the last, which nobody has read
-        drafter.accept(n, got.next_id)
+        drafter.accept(x[:n], got.next_id)
         pending = new[-1:]
-        if mode == "lossy": agreed += sum(a == b for a, b in zip(x[:n], got.logits.argmax(-1).tolist()))
-        record(out, n, len(x), len(new), t0, t1, t2, now())
+        book(out, x, n, len(new), t0, t1, t2, now())
+        if rule.mode == "lossy": agreed += sum(a == b for a, b in zip(x[:n], got.p))
         if watch: watch(new, min(n, len(new)))
-    if mode == "lossy": out.agreement = agreed / max(sum(out.accepted), 1)
+    if rule.mode == "lossy": out.agreement = agreed / max(sum(out.accepted), 1)
     return out
 
-def record(out, n, drafted, new, t0, t1, t2, t3):
-    "Book one cycle"
+# %% ../nbs/05_decode.ipynb #cell031
+def book(out, x, n, new, t0, t1, t2, t3):
+    "One cycle: x was verified, n of it stood, `new` tokens were said"
     out.from_draft += [True] * min(n, new) + [False] * (new - min(n, new))
     out.accepted.append(n)
-    out.drafted.append(drafted)
+    out.drafted.append(len(x))
+    out.blocks.append(x)
     out.draft_ms.append(1e3 * (t1 - t0))
     out.verify_ms.append(1e3 * (t2 - t1))
     out.cycle_ms.append(1e3 * (t3 - t0))
 
-def check_settings(gamma, max_new_tokens, mode, sampling):
-    if int(gamma) != gamma or gamma < 1: raise FeatsdError(f"gamma {gamma}: expected an integer ≥ 1; for plain decoding use the drafter 'null'")
-    if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1: raise FeatsdError(f"max_new_tokens {max_new_tokens}: expected an integer ≥ 1")
-    if mode not in ("lossless", "lossy"): raise FeatsdError(f"mode {mode!r}: expected 'lossless' or 'lossy'")
-    if mode == "lossy" and sampling is not None: raise FeatsdError("mode 'lossy' is greedy; leave the sampling away")
+def check_decoding(gamma, max_new_tokens, rule=Greedy()):
+    "What every engine asks of its settings"
+    if int(gamma) != gamma or gamma < 1:
+        raise FeatsdError(f"gamma {gamma}: expected an integer ≥ 1; for plain decoding use the drafter 'null'")
+    if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1:
+        raise FeatsdError(f"max_new_tokens {max_new_tokens}: expected an integer ≥ 1")
+    if not isinstance(rule, Rule):
+        raise FeatsdError(f"rule {rule!r}: expected Greedy(), Sampled(Sampling(…)) or Cosine(least_cos)")
 
-# %% ../nbs/05_decode.ipynb #cell018
+# %% ../nbs/05_decode.ipynb #cell033
 @torch.no_grad()
-def plain_decode(target, prompt:Prompt, sampling:Sampling=None, max_new_tokens:int=50, watch=None)->Decoded:
+def plain_decode(target, prompt:Prompt, rule:Rule=Greedy(), max_new_tokens:int=50, watch=None)->Decoded:
     "The target alone: the baseline of every speedup"
-    now = time.perf_counter
-    t0 = now()
+    check_decoding(1, max_new_tokens, rule)
+    now, t0 = time.perf_counter, time.perf_counter()
     state = target.prefill([prompt.target])
     out = Decoded([], [], [], [], 1e3 * (now() - t0), 0., [], [], [], "plain")
-    h, t0 = state.h, now()
+    h, nothing, t0 = state.h, Draft([]), now()
     while True:
-        logits = target.head.logits(h)[0]
-        token = int(logits.argmax()) if sampling is None else sampling.draw(sampling.law(logits))
+        token = rule.accept(rule.read(target.head.logits(h)), nothing)[1]
         out.ids.append(token)
         t1 = now()
         out.cycle_ms.append(1e3 * (t1 - t0))
@@ -280,10 +359,37 @@ def plain_decode(target, prompt:Prompt, sampling:Sampling=None, max_new_tokens:i
         h = target.step(state, torch.tensor([[token]], device=h.device))[:, 0]
     k = len(out.ids)
     out.from_draft, out.accepted, out.drafted = [False] * k, [0] * k, [0] * k
-    out.draft_ms, out.verify_ms = [0.] * k, list(out.cycle_ms)
+    out.draft_ms, out.verify_ms, out.blocks = [0.] * k, list(out.cycle_ms), [[]] * k
     return out
 
-# %% ../nbs/05_decode.ipynb #cell020
+# %% ../nbs/05_decode.ipynb #cell034
+@dataclass
+class Arm:
+    "A drafter at one draft length"
+    name: str
+    drafter: Drafter
+    gamma: int
+    wrong: bool = False # the draft sees another clip
+
+    @property
+    def kind(self): return "control" if self.wrong else self.drafter.kind
+
+@dataclass
+class ArmRun:
+    "One prompt decoded by one arm"
+    done: Decoded
+    blocks: list # [cycles] the ids that were verified
+    calls: int # consultations of the draft model
+
+def run_arm(target, arm, prompt, answer, max_new_tokens=50)->ArmRun:
+    "Decode a prompt with an arm; `answer` is the target's own, for the drafter that knows it"
+    d = arm.drafter
+    if d.kind == "limit": d.answer = answer
+    before = d.calls
+    done = speculative_decode(target, d, prompt, arm.gamma, Greedy(), max_new_tokens)
+    return ArmRun(done, done.blocks, d.calls - before)
+
+# %% ../nbs/05_decode.ipynb #cell036
 class EveryChoice(Sampling):
     "A random source that takes each outcome in turn and multiplies its probability into `weight`"
     def __post_init__(self):
@@ -313,6 +419,7 @@ class EveryChoice(Sampling):
             if not self.script: return
             self.script[-1] = (self.script[-1][0] + 1, self.script[-1][1])
 
+# %% ../nbs/05_decode.ipynb #cell037
 def exact_law(run, # sampling -> ids
               sampling:EveryChoice)->dict: # answer → probability
     "The law of an algorithm's answers, by enumeration"
@@ -322,64 +429,60 @@ def exact_law(run, # sampling -> ids
         law[answer] = law.get(answer, 0.) + sampling.weight
     return law
 
-# %% ../nbs/05_decode.ipynb #cell030
+# %% ../nbs/05_decode.ipynb #cell052
 @torch.no_grad()
 def speculative_decode_batch(target, drafters, # one per prompt
-                             prompts, gamma:int=5, sampling:Sampling=None, max_new_tokens:int=50,
+                             prompts, gamma:int=5, rule:Rule=Greedy(), max_new_tokens:int=50,
                             )->list: # `Decoded` per prompt; times are the row's share of the batch's
     "`speculative_decode` for B prompts with one target forward per cycle"
-    check_settings(gamma, max_new_tokens, "lossless", sampling)
-    if len(drafters) != len(prompts): raise FeatsdError(f"{len(drafters)} drafters for {len(prompts)} prompts; give one each")
+    check_decoding(gamma, max_new_tokens, rule)
+    check_batch(drafters, prompts, rule)
     now, eos, t0 = time.perf_counter, target.eos_id, time.perf_counter()
     state = target.prefill([p.target for p in prompts])
-    first, start = state.h[:, None], state.lengths.tolist() # [B, 1, D]
-    t1 = now()
-    for d, p in zip(drafters, prompts): d.start(p, sampling)
-    start_ms, draft_start_ms = 1e3 * (t1 - t0) / len(prompts), 1e3 * (now() - t1) / len(prompts)
-    out, rows = [Decoded([], [], [], [], start_ms, draft_start_ms, [], [], []) for _ in prompts], list(range(len(prompts)))
+    first, start, t1 = state.h[:, None], state.lengths.tolist(), now() # first: [B, 1, D]
+    for d, p in zip(drafters, prompts): d.start(p, rule.sampling)
+    ms = 1e3 * (t1 - t0) / len(prompts), 1e3 * (now() - t1) / len(prompts)
+    out, rows = [Decoded([], [], [], [], *ms, [], [], []) for _ in prompts], list(range(len(prompts)))
     while rows:
-        t0, drafts = now(), []
-        for r in rows:
-            left = max_new_tokens - len(out[r].ids) - 1
-            draft = drafters[r].propose(min(gamma, left)) if left else Draft([])
-            draft.ids = trim(draft.ids[:left], eos)
-            drafts.append(draft)
+        t0 = now()
+        drafts = [proposal(drafters[r], len(out[r].ids), gamma, max_new_tokens, eos) for r in rows]
         t1 = now()
         blocks = [out[r].ids[-1:] + d.ids for r, d in zip(rows, drafts)] # pending + x
         h, widths = read_blocks(target, state, blocks, first)
-        logits = target.head.logits(h) # [sum of widths, V]
-        parts, best = logits.split(widths), logits.argmax(-1).tolist()
-        got, at = [], 0
-        for d, p, w in zip(drafts, parts, widths):
-            got.append(accept_greedy(best[at:at + w], d) if sampling is None else accept_sampled(p, d, sampling))
-            at += w
+        p, ends = rule.read(target.head.logits(h)), accumulate(widths) # [sum of widths, V], or the first choices
+        got = [rule.accept(p[end - w:end], d) for d, w, end in zip(drafts, widths, ends)]
         t2 = now()
-        keep = []
-        for i, (r, d, (n, next_id)) in enumerate(zip(rows, drafts, got)):
-            new = trim(d.ids[:n] + [next_id], eos)
-            out[r].ids += new
-            drafters[r].accept(n, next_id)
-            if len(out[r].ids) < max_new_tokens and out[r].ids[-1] != eos: keep.append(i)
+        new = [trim(d.ids[:n] + [next_id], eos) for d, (n, next_id) in zip(drafts, got)]
+        for r, d, ids, (n, next_id) in zip(rows, drafts, new, got):
+            out[r].ids += ids
+            drafters[r].accept(d.ids[:n], next_id)
         target.rollback(state, [start[r] + len(out[r].ids) - 1 for r in rows])
-        if len(keep) < len(rows) and keep: target.select(state, torch.tensor(keep, device=state.h.device))
-        t3, B, first = now(), len(rows), None
-        for r, d, (n, _) in zip(rows, drafts, got):
-            new = len(out[r].ids) - len(out[r].from_draft)
-            record(out[r], n, len(d.ids), new, 0., (t1 - t0) / B, (t2 - t0) / B, (t3 - t0) / B)
+        keep = [i for i, r in enumerate(rows) if len(out[r].ids) < max_new_tokens and out[r].ids[-1] != eos]
+        if 0 < len(keep) < len(rows): target.select(state, torch.tensor(keep, device=state.h.device))
+        first, spent = None, [(t - t0) / len(rows) for t in (t1, t2, now())]
+        for r, d, ids, (n, _) in zip(rows, drafts, new, got): book(out[r], d.ids, n, len(ids), 0., *spent)
         rows = [rows[i] for i in keep]
     return out
+
+# %% ../nbs/05_decode.ipynb #cell053
+def check_batch(drafters, prompts, rule):
+    "What a batch asks beyond `check_decoding`"
+    if len(drafters) != len(prompts):
+        raise FeatsdError(f"{len(drafters)} drafters for {len(prompts)} prompts; give one each")
+    if rule.mode == "lossy": raise FeatsdError(f"{rule}: the lossy mode answers one prompt at a time")
 
 def read_blocks(target, state, blocks, first=None): # states [sum of widths, D], widths
     "Blocks of different lengths in one forward; `first` [B, 1, D] stands before them while nothing is pending"
     lengths = torch.tensor([len(b) for b in blocks], device=state.h.device)
     K = int(lengths.max())
-    h = target.step(state, torch.tensor([b + [0] * (K - len(b)) for b in blocks], device=state.h.device), lengths) if K else None
+    padded = torch.tensor([b + [0] * (K - len(b)) for b in blocks], device=state.h.device)
+    h = target.step(state, padded, lengths) if K else None
     rows = [h[i, :len(b)] if b else state.h[:0] for i, b in enumerate(blocks)]
     if first is not None: rows = [torch.cat([f, r]) for f, r in zip(first, rows)]
     return torch.cat(rows), [len(r) for r in rows]
 
-# %% ../nbs/05_decode.ipynb #cell034
-@dataclass
+# %% ../nbs/05_decode.ipynb #cell057
+@dataclass(repr=False)
 class Certificate:
     "What was compared, what differed, how large the noise is, and the verdict"
     procedure: str
@@ -393,33 +496,38 @@ class Certificate:
     band: float # largest |Δlogit| between 1-token and (γ+1)-token forwards
     worst_deficit: float # best logit minus the emitted token's, largest over all tokens, in 1-token forwards
     divergences: list # {prompt, position, plain_id, emitted_id, gap}: the first one of each prompt
-    control_divergences: int # prompts where plain decoding through (γ+1)-wide forwards differs from the emitted ids
+    control_divergences: int # prompts where plain decoding in (γ+1)-wide forwards differs from the emitted ids
     cut_short: list # prompts whose answer ends without end token before the limit
     verdict: str = ""
     versions: dict = field(default_factory=lib_versions)
 
     def __post_init__(self):
-        unlawful = self.worst_deficit > 2 * self.band or any(d["gap"] > 2 * self.band for d in self.divergences) or self.cut_short
+        gaps = [self.worst_deficit, *(d["gap"] for d in self.divergences)]
+        unlawful = any(gap > 2 * self.band for gap in gaps) or self.cut_short
         self.verdict = "broken" if unlawful else "identical" if self.identical == self.prompts else "lawful"
 
     @property
     def lossless(self): return self.verdict != "broken"
     def save(self, path): write_json(path, asdict(self))
     def __str__(self):
-        return (f"{self.verdict}: {self.identical}/{self.prompts} prompts identical, {self.tokens} tokens, {self.dtype}, γ {self.gamma}; "
-                f"noise band {self.band:.2e}, worst deficit {self.worst_deficit:.2e}, control differs on {self.control_divergences}")
+        return (f"{self.verdict}: {self.identical}/{self.prompts} prompts identical, {self.tokens} tokens, "
+                f"{self.dtype}, γ {self.gamma}; noise band {self.band:.2e}, worst deficit {self.worst_deficit:.2e}, "
+                f"control differs on {self.control_divergences}")
+    __repr__ = __str__
 
+# %% ../nbs/05_decode.ipynb #cell058
 @torch.no_grad()
 def logits_along(target, prompt, ids, width=1)->Tensor: # [n, V]
     "The laws that predict each of `ids`, read in forwards of `width` tokens"
     state = target.prefill([prompt.target])
     rows = [state.h]
-    for block in torch.tensor(ids[:-1], device=state.h.device).split(width): rows += [target.step(state, block[None])[0]] if len(block) else []
+    for block in torch.tensor(ids[:-1], device=state.h.device).split(width):
+        if len(block): rows.append(target.step(state, block[None])[0])
     return target.head.logits(torch.cat(rows))
 
 @torch.no_grad()
 def wide_decode(target, prompt, width, max_new_tokens=50)->list: # ids
-    "Plain greedy decoding in which every forward is `width` tokens wide: the token and padding that is forgotten again"
+    "Plain greedy decoding in forwards of `width` tokens: the token and padding that is forgotten again"
     state = target.prefill([prompt.target])
     ids, n = [int(target.head.logits(state.h)[0].argmax())], int(state.lengths[0])
     while len(ids) < max_new_tokens and ids[-1] != target.eos_id:
@@ -428,21 +536,27 @@ def wide_decode(target, prompt, width, max_new_tokens=50)->list: # ids
         target.rollback(state, [n + len(ids) - 1])
     return ids
 
-# %% ../nbs/05_decode.ipynb #cell035
-def certify(target, drafter:Drafter, prompts, gamma:int=5, max_new_tokens:int=50, decode=speculative_decode)->Certificate:
+# %% ../nbs/05_decode.ipynb #cell059
+def certify(target, drafter:Drafter, prompts, gamma:int=5, max_new_tokens:int=50,
+            decode=speculative_decode)->Certificate:
     "Is greedy speculative decoding with this drafter the target's own decoding, up to its measured rounding?"
     identical, tokens, band, worst, control, divergences, short = 0, 0, 0., 0., 0, [], []
     for k, prompt in enumerate(prompts):
-        want = plain_decode(target, prompt, None, max_new_tokens).ids
-        ids = decode(target, drafter, prompt, gamma, None, max_new_tokens).ids
+        want = plain_decode(target, prompt, Greedy(), max_new_tokens).ids
+        ids = decode(target, drafter, prompt, gamma, Greedy(), max_new_tokens).ids
         narrow, wide = logits_along(target, prompt, ids), logits_along(target, prompt, ids, gamma + 1)
         band = max(band, (narrow - wide).abs().max().item())
-        worst = max(worst, (narrow.max(-1).values - narrow[torch.arange(len(ids)), torch.tensor(ids)]).max().item())
-        tokens, identical, control = tokens + len(ids), identical + (ids == want), control + (wide_decode(target, prompt, gamma + 1, max_new_tokens) != ids)
+        emitted = narrow[torch.arange(len(ids)), torch.tensor(ids)]
+        worst = max(worst, (narrow.max(-1).values - emitted).max().item())
+        tokens, identical = tokens + len(ids), identical + (ids == want)
+        control += wide_decode(target, prompt, gamma + 1, max_new_tokens) != ids
         if len(ids) < max_new_tokens and ids[-1] != target.eos_id: short.append(k)
         at = next((i for i, (a, b) in enumerate(zip(want, ids)) if a != b), None)
         if at is not None:
             top = narrow[at].topk(2).values
-            divergences.append({"prompt": k, "position": at, "plain_id": want[at], "emitted_id": ids[at], "gap": (top[0] - top[1]).item()})
-    return Certificate("greedy ids against 1-token decoding; each emitted token within 2 noise bands of the best logit", target.name, drafter.name,
-                       str(target.dtype).removeprefix("torch."), gamma, len(prompts), tokens, identical, band, worst, divergences, control, short)
+            divergences.append({"prompt": k, "position": at, "plain_id": want[at], "emitted_id": ids[at],
+                                "gap": (top[0] - top[1]).item()})
+    procedure = "greedy ids against 1-token decoding; each emitted token within 2 noise bands of the best logit"
+    dtype = str(target.dtype).removeprefix("torch.")
+    return Certificate(procedure, target.name, drafter.name, dtype, gamma, len(prompts), tokens, identical, band, worst,
+                       divergences, control, short)

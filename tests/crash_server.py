@@ -16,13 +16,16 @@ from safetensors import safe_open
 
 import featsd.commands as commands
 import featsd.extract as E
-from featsd import core
+from featsd.base import core
+from featsd.models import backbone
 from featsd.data import chunk, world
-from featsd.data.store import VOLATILE, open_states, verify_store
-from featsd.data.watch import heartbeat_file
+from featsd.data.chunk import VOLATILE
+from featsd.data.store import open_states, verify_store
+from featsd.base.processes import heartbeat_file
 
 CLIPS, QUESTIONS = 4, 3
-SETTINGS = dict(split="test", quant="fp32", max_samples=CLIPS, max_questions=QUESTIONS, max_new_tokens=4, chunked=True, chunk_size=2)
+SETTINGS = dict(split="test", quant="fp32", max_samples=CLIPS, max_questions=QUESTIONS, max_new_tokens=4, chunked=True,
+                chunk_size=2)
 STORE = "chunked_test_1s_fp32"
 RESUME = "run the same command again to go on"
 
@@ -30,8 +33,8 @@ RESUME = "run the same command again to go on"
 def prepare():
     "Everything that a child would need seconds for: the pair, the clips"
     torch.set_num_threads(1)
-    pair = E.load_pair("pocket", quant="fp32")
-    E.load_pair = lambda *_, **__: pair
+    pair = backbone.load_pair("pocket", quant="fp32")
+    backbone.load_pair = E.load_pair = lambda *_, **__: pair
     world.make_clip = functools.cache(world.make_clip)
     for i in range(CLIPS): world.make_clip("test", i, 0)
     return pair
@@ -70,7 +73,8 @@ def run(out, log, before=lambda: None, **kw):
 
 def content(out)->dict:
     "All that counts of a finished extraction: every file, of the manifest what decides the bytes"
-    found = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(Path(out).rglob("*")) if p.is_file() and p.name not in (".lock", "timings.jsonl")}
+    found = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(Path(out).rglob("*")) if p.is_file() and
+             p.name not in (".lock", "timings.jsonl")}
     m = f"{STORE}/manifest.json"
     return found | {m: {k: v for k, v in json.loads(found[m]).items() if k not in VOLATILE}}
 
@@ -115,7 +119,9 @@ def die_at(at, rng, torn):
         count[0] -= 1
         if count[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
     def hook(event, args):
-        if event in ("os.rename", "os.remove", "os.mkdir") or (event == "open" and isinstance(args[1], str) and set(args[1]) & set("wa+")): tick()
+        if event in ("os.rename", "os.remove", "os.mkdir") or (event == "open" and isinstance(args[1], str) and
+                                                               set(args[1]) & set("wa+")):
+            tick()
     sys.addaudithook(hook)
     real = os.fsync
     def fsync(fd): real(fd); tick()
@@ -132,7 +138,8 @@ def kills(folder, n, seed, number=signal.SIGKILL)->dict:
     assert content(folder/"again") == whole
     got = dict(signals=0, early=0, resumes=0, finished=0, identical=0, timer=0, operation=0, torn=0)
     while got["signals"] < n:
-        out, kinds = folder/f"r{got['finished']}", ("timer", "operation", "torn") if number == signal.SIGKILL else ("timer",)
+        out, kinds = folder/f"r{got['finished']}", ("timer", "operation",
+                                                    "torn") if number == signal.SIGKILL else ("timer",)
         while True:
             how, draw = rng.choice(kinds), random.Random(rng.random())
             at = draw.randrange(1, 50 if how == "torn" else 40)
@@ -143,7 +150,9 @@ def kills(folder, n, seed, number=signal.SIGKILL)->dict:
             if how == "timer":
                 time.sleep(draw.uniform(0, usual))
                 os.kill(pid, number)
-                if number != signal.SIGKILL and draw.random() < .3: time.sleep(draw.uniform(0, .02)); os.kill(pid, number) # an impatient user
+                # an impatient user
+                if number != signal.SIGKILL and draw.random() < .3:
+                    time.sleep(draw.uniform(0, .02)); os.kill(pid, number)
             code, log = wait(pid), (folder/"log").read_text()
             if code == 0: break
             if number == signal.SIGKILL: assert code == -number, (code, log)
@@ -177,7 +186,7 @@ def half(out, log):
 
 
 def mishap(folder, name, pair)->dict:
-    "One mishap on a half-made store: how the command ends, what it says, and whether the next run gives the whole store"
+    "One mishap on a half-made store: how the command ends, what it says, whether the next run gives the whole store"
     folder = Path(folder)
     out, log = folder/"out", folder/"log"
     assert run(folder/"whole", log)[0] == 0
@@ -188,7 +197,9 @@ def mishap(folder, name, pair)->dict:
     if name == "no sidecar": f.with_suffix(".json").unlink()
     if name == "stale index": (store/"index.json").write_text('{"chunks": [], "pairs": 99}')
     if name == "left over":
-        for left in (store/"manifest.json.1.tmp", store/"chunks/chunk_000006.json.1.tmp", Path(f"{heartbeat_file(store)}.tmp"), heartbeat_file(store)): left.write_bytes(b"half")
+        for left in (store/"manifest.json.1.tmp", store/"chunks/chunk_000006.json.1.tmp",
+                     Path(f"{heartbeat_file(store)}.tmp"), heartbeat_file(store)):
+            left.write_bytes(b"half")
     if name == "size limit": before = lambda: limited(f.stat().st_size - 1)
     if name == "nan":
         def before():
@@ -225,7 +236,8 @@ def full_disk(folder)->dict:
     folder = Path(folder)
     small, log = folder/"small", folder/"log"
     small.mkdir()
-    if os.system(f"mount -t tmpfs -o size=256k tmpfs '{small}' 2>/dev/null"): return dict(skip="no right to mount a small file system here")
+    if os.system(f"mount -t tmpfs -o size=256k tmpfs '{small}' 2>/dev/null"):
+        return dict(skip="no right to mount a small file system here")
     try:
         assert run(folder/"whole", log)[0] == 0
         need = sum(p.stat().st_size for p in (folder/"whole").rglob("*") if p.is_file())
@@ -235,23 +247,28 @@ def full_disk(folder)->dict:
         if done: open_states(small/"out"/STORE)
         os.system(f"mount -o remount,size=64m '{small}'")
         again, _ = run(small/"out", log)
-        return dict(code=code, said=said, done=done, again=again, identical=content(small/"out") == content(folder/"whole"))
+        return dict(code=code, said=said, done=done, again=again,
+                    identical=content(small/"out") == content(folder/"whole"))
     finally: os.system(f"umount '{small}'")
 
 
 def train_kills(folder, n, seed)->dict:
-    "At least `n` SIGKILLs of trainings, each gone on with --resume: the same history, weights and curves as uninterrupted"
+    "At least `n` SIGKILLs of trainings, each gone on with --resume: history, weights and curves as uninterrupted"
     from test_train import make_store
 
     import featsd.adapters as A
     from featsd.train import train_adapter
     folder, rng = Path(folder), random.Random(seed)
     store = make_store(folder/"store")
-    def train(out): train_adapter(store, adapter_level=1, num_epochs=8, early_stopping=0, output_dir=out, progress=False, val_split=.2, resume=True)
+    def train(out):
+        train_adapter(store, adapter_level=1, num_epochs=8, early_stopping=0, output_dir=out, progress=False,
+                      val_split=.2, resume=True)
     def product(out):
         run, = (p for p in Path(out).glob("L1_*") if (p/"config.json").exists())
-        assert sorted(p.name for p in run.iterdir()) == ["best_model.pt", "config.json", "final_model.pt", "history.json", "training_curves.png"]
-        weights = {k: v for name in ("best_model", "final_model") for k, v in A.read_checkpoint(run/f"{name}.pt")["model_state_dict"].items()}
+        assert sorted(p.name for p in run.iterdir()) == ["best_model.pt", "config.json", "final_model.pt",
+                                                         "history.json", "training_curves.png"]
+        weights = {k: v for name in ("best_model", "final_model")
+                   for k, v in A.read_checkpoint(run/f"{name}.pt")["model_state_dict"].items()}
         return (run/"history.json").read_text(), (run/"training_curves.png").read_bytes(), weights
     train(folder/"warm") # here, so that the children find every import done
     began = time.monotonic()
@@ -290,6 +307,8 @@ if __name__ == "__main__":
         raise SystemExit
     pair = prepare()
     if what == "kills": out = kills(folder, int(rest[0]), int(rest[1]), signal.Signals[rest[2]])
-    elif what == "mishaps": out = {name: mishap(Path(folder, name.replace(" ", "_")), name, pair) for name in rest if not Path(folder, name.replace(" ", "_")).mkdir()}
+    elif what == "mishaps":
+        out = {name: mishap(Path(folder, name.replace(" ", "_")), name, pair) for name in rest
+               if not Path(folder, name.replace(" ", "_")).mkdir()}
     elif what == "full": out = full_disk(folder)
     print(json.dumps(out))

@@ -1,4 +1,4 @@
-"""Adapters: exact architecture, no look into the future, losses that keep their laws, and files that are data, never programs."""
+"""Adapters: exact architecture, no look into the future, losses that keep their laws, files that are data only"""
 import ast
 import os
 import pickle
@@ -13,12 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import near, tol
+from patience import HANG, until
+from test_hostile import bounded
 import torch.nn.functional as F
 
 import featsd.adapters as A
 
 D = 32
-SMALL = {1: dict(bottleneck_dim=8), 2: dict(bottleneck_dim=8), 3: dict(bottleneck_dim=12), 4: dict(num_heads=4, ffn_dim=24)}
+CHAIN = 10 * D # the longest chain of operations of any level here: ten products of width D
+SMALL = {1: dict(bottleneck_dim=8), 2: dict(bottleneck_dim=8), 3: dict(bottleneck_dim=12),
+         4: dict(num_heads=4, ffn_dim=24)}
 def small(level, **kw): return A.create_adapter(level, D, **(SMALL[level] | kw))
 
 def randomised(level, seed=0, **kw):
@@ -34,11 +39,12 @@ class Head:
     def logits(self, h): return h.float() @ self.W.T
 
 
-# --- architecture -----------------------------------------------------------------------------------------------------------
+# --- architecture ---------------------------------------------------------------------------------------------------
 
 def norm(name, n): return {f"{name}.weight": (n,), f"{name}.bias": (n,)}
 def block(name, n=4096, b=256):
-    return {f"{name}.alpha_param": (), f"{name}.down_proj.weight": (b, n), f"{name}.up_proj.weight": (n, b)} | norm(f"{name}.layer_norm", n)
+    return {f"{name}.alpha_param": (), f"{name}.down_proj.weight": (b, n),
+            f"{name}.up_proj.weight": (n, b)} | norm(f"{name}.layer_norm", n)
 
 def expected_keys(level, blocks=None):
     n, out = 4096, {}
@@ -48,15 +54,17 @@ def expected_keys(level, blocks=None):
         return out | norm("final_norm", n)
     if level == 3:
         for i in range(blocks or 2):
-            out |= {f"blocks.{i}.0.weight": (1024, n), f"blocks.{i}.4.weight": (n, 1024), f"alphas.{i}": ()} | norm(f"blocks.{i}.1", 1024)
+            out |= {f"blocks.{i}.0.weight": (1024, n), f"blocks.{i}.4.weight": (n, 1024),
+                    f"alphas.{i}": ()} | norm(f"blocks.{i}.1", 1024)
         return out | norm("input_norm", n) | norm("final_norm", n)
     out = {"alpha": (), "layers.0.attn.in_proj_weight": (3 * n, n), "layers.0.attn.in_proj_bias": (3 * n,)}
-    for name, i, o in (("layers.0.attn.out_proj", n, n), ("layers.0.ffn.0", n, 2048), ("layers.0.ffn.3", 2048, n), ("output_proj.1", n, n)):
+    for name, i, o in (("layers.0.attn.out_proj", n, n), ("layers.0.ffn.0", n, 2048), ("layers.0.ffn.3", 2048, n),
+                       ("output_proj.1", n, n)):
         out |= {f"{name}.weight": (o, i), f"{name}.bias": (o,)}
     return out | norm("layers.0.attn_norm", n) | norm("layers.0.ffn_norm", n) | norm("output_proj.0", n)
 
-@pytest.mark.parametrize("level,blocks,count", [(1, None, 2_113_537), (2, None, 6_324_227), (3, None, 16_797_698), (3, 3, 25_188_355),
-                                                (4, None, 100_714_497)])
+@pytest.mark.parametrize("level,blocks,count", [(1, None, 2_113_537), (2, None, 6_324_227), (3, None, 16_797_698),
+                                                (3, 3, 25_188_355), (4, None, 100_714_497)])
 def test_names_shapes_and_counts_at_4096(level, blocks, count):
     with torch.device("meta"): f = A.create_adapter(level, num_blocks=blocks)
     assert {k: tuple(v.shape) for k, v in f.state_dict().items()} == expected_keys(level, blocks)
@@ -70,12 +78,14 @@ def by_formula(level, w, h):
         x, name = h, "layers" if level == 1 else "blocks"
         for i in range(1 if level == 1 else 3):
             p = f"{name}.{i}"
-            x = (x if i else skip(x)) + w[f"{p}.alpha_param"] * (F.gelu(ln(x, f"{p}.layer_norm") @ w[f"{p}.down_proj.weight"].T) @ w[f"{p}.up_proj.weight"].T)
+            y = F.gelu(ln(x, f"{p}.layer_norm") @ w[f"{p}.down_proj.weight"].T) @ w[f"{p}.up_proj.weight"].T
+            x = (x if i else skip(x)) + w[f"{p}.alpha_param"] * y
         return ln(x, "final_norm")
     if level == 3:
         x = ln(h, "input_norm")
         for i in range(2):
-            x = (x if i else skip(x)) + w[f"alphas.{i}"] * (F.gelu(ln(x @ w[f"blocks.{i}.0.weight"].T, f"blocks.{i}.1")) @ w[f"blocks.{i}.4.weight"].T)
+            y = F.gelu(ln(x @ w[f"blocks.{i}.0.weight"].T, f"blocks.{i}.1")) @ w[f"blocks.{i}.4.weight"].T
+            x = (x if i else skip(x)) + w[f"alphas.{i}"] * y
         return ln(x, "final_norm")
     p, T, H = "layers.0", h.shape[-2], 4
     lin = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -93,7 +103,7 @@ def by_formula(level, w, h):
 @pytest.mark.parametrize("residual", ["identity", "linear"])
 def test_forward_is_the_formula(level, residual):
     f, h = randomised(level, residual=residual), torch.randn(2, 5, D)
-    torch.testing.assert_close(f(h), by_formula(level, f.state_dict(), h), atol=2e-5, rtol=1e-4)
+    near(f(h), by_formula(level, f.state_dict(), h), CHAIN)
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_where_training_starts(level):
@@ -101,19 +111,22 @@ def test_where_training_starts(level):
     w = f.state_dict()
     if level == 4: assert torch.equal(w["output_proj.1.weight"], torch.eye(D)) and not w["output_proj.1.bias"].any()
     else: assert not any(v.any() for k, v in w.items() if k.endswith(("up_proj.weight", ".4.weight")))
-    if level < 3: torch.testing.assert_close(f.eval()(h), F.layer_norm(h, (D,)))
-    assert all(v.item() == pytest.approx(.1) for k, v in w.items() if "alpha" in k)
+    if level < 3: near(f.eval()(h), F.layer_norm(h, (D,)), D)
+    assert all(v == torch.tensor(.1) for k, v in w.items() if "alpha" in k)
 
-@pytest.mark.parametrize("bad,words", [(dict(level=0), "expected one of 1, 2, 3, 4"), (dict(level="five"), "expected one of"),
-    (dict(level=1, hidden_dim=-4), "positive integer"), (dict(level=1, hidden_dim=4.0), "positive integer"), (dict(level=4, hidden_dim=30), "multiple"),
+@pytest.mark.parametrize("bad,words", [(dict(level=0), "expected one of 1, 2, 3, 4"),
+    (dict(level="five"), "expected one of"),
+    (dict(level=1, hidden_dim=-4), "positive integer"), (dict(level=1, hidden_dim=4.0), "positive integer"),
+    (dict(level=4, hidden_dim=30), "multiple"),
     (dict(level=2, num_heads=4), "takes no num_heads"), (dict(level=1, residual="twisted"), "'identity' or 'linear'"),
-    (dict(level=3, alpha=float("nan")), "finite"), (dict(level=1, target_dim=0), "positive integer"), (dict(level=4, causal=1), "True or False")])
+    (dict(level=3, alpha=float("nan")), "finite"), (dict(level=1, target_dim=0), "positive integer"),
+    (dict(level=4, causal=1), "True or False")])
 def test_bad_arguments_are_one_line(bad, words):
     with pytest.raises(ValueError, match=words) as e: A.create_adapter(**bad)
     assert "\n" not in str(e.value)
 
 
-# --- time: nothing sees the future, and cutting a sequence changes nothing --------------------------------------------------
+# --- time: nothing sees the future, and cutting a sequence changes nothing ------------------------------------------
 
 @pytest.mark.parametrize("level,causal", [(1, None), (2, None), (3, None), (4, True), (4, False)])
 def test_perturbing_j_leaves_earlier_outputs(level, causal):
@@ -122,9 +135,9 @@ def test_perturbing_j_leaves_earlier_outputs(level, causal):
         h = torch.randn(1, T, D)
         h2 = h.clone()
         h2[:, j] += torch.randn(D)
-        change = (f(h2) - f(h)).abs().amax(-1)[0]
-        assert change[j] > 1e-4
-        if causal is False: assert change[:j].min() > 1e-7            # the mutant: sees the future
+        change, rounding = (f(h2) - f(h)).abs().amax(-1)[0], tol(CHAIN) * f(h).abs().max()
+        assert change[j] > rounding
+        if causal is False: assert change[:j].min() > rounding        # the mutant: sees the future
         else: assert change[:j].max() == 0
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
@@ -136,7 +149,7 @@ def test_steps_equal_the_full_pass(level, K):
         for i in range(0, 10, K):
             y, cache = f.step(h[:, i:i + K], cache)
             out.append(y)
-        assert (torch.cat(out, 1) - f(h)).abs().max() < 1e-5
+        near(torch.cat(out, 1), f(h), CHAIN)
 
 @pytest.mark.parametrize("level", [1, 4])
 def test_rollback_forgets_rejected_states(level):
@@ -147,7 +160,7 @@ def test_rollback_forgets_rejected_states(level):
             K = int(rng.integers(1, 6))
             wrong = torch.cat([h[:, n:n + 1], torch.randn(1, K, D)], 1)  # one right state, K rejected ones
             y, after = f.step(wrong, cache)
-            assert (y[:, 0] - full[:, n]).abs().max() < 1e-5
+            near(y[:, 0], full[:, n], CHAIN)
             n += 1
             cache = f.crop(after, n)
             assert cache is None if level == 1 else cache.length == n
@@ -159,34 +172,37 @@ def test_a_step_never_changes_the_cache_it_was_given():
     _, cache = f.step(h)
     before = [t.clone() for kv in cache.kv for t in kv]
     f.step(h, cache)
-    assert cache.length == 4 and all(torch.equal(a, b) for a, b in zip(before, (t for kv in cache.kv for t in kv), strict=True))
+    now = [t for kv in cache.kv for t in kv]
+    assert cache.length == 4 and all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 def test_the_noncausal_one_refuses_to_decode():
     with pytest.raises(ValueError, match="sees the future"): small(4, causal=False).step(torch.randn(1, 1, D))
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_does_not_leak_in(causal):
-    f, h, mask = randomised(4, causal=causal), torch.randn(2, 6, D), torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
+    f, h = randomised(4, causal=causal), torch.randn(2, 6, D)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
     rows = f.rows(h.masked_fill(~mask[..., None], float("nan")), mask)
     alone = torch.cat([f(h[:1, :3])[0], f(h[1:, 2:])[0]])
-    torch.testing.assert_close(rows, alone, atol=1e-5, rtol=1e-4)
+    near(rows, alone, CHAIN)
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------------------------
 
 def test_feature_loss_against_plain_formula():
     f, h, t = randomised(2), torch.randn(3, 5, D), torch.randn(3, 5, D)
     mask = torch.rand(3, 5) > .4
     L, y = f.compute_loss(h, t, mask, weights=(.5, 2.)), f(h)
     mse = sum(((y[i, j] - t[i, j]) ** 2).mean() for i in range(3) for j in range(5) if mask[i, j]) / mask.sum()
-    cos = sum(F.cosine_similarity(y[i, j], t[i, j], dim=0) for i in range(3) for j in range(5) if mask[i, j]) / mask.sum()
-    assert L["mse_loss"].item() == pytest.approx(mse.item(), rel=1e-4)
-    assert L["cos_sim"].item() == pytest.approx(cos.item(), rel=1e-4)
-    assert L["total_loss"].item() == pytest.approx((.5 * mse + 2 * (1 - cos)).item(), rel=1e-4)
+    cos = sum(F.cosine_similarity(y[i, j], t[i, j], dim=0) for i in range(3) for j in range(5)
+              if mask[i, j]) / mask.sum()
+    near(L["mse_loss"], mse, CHAIN + 15 * D)
+    near(L["cos_sim"], cos, CHAIN + 15 * D, size=1)
+    near(L["total_loss"], .5 * mse + 2 * (1 - cos), CHAIN + 15 * D)
 
 def test_default_weights_are_1_and_a_half():
     L = randomised(1).compute_loss(torch.randn(1, 4, D), torch.randn(1, 4, D))
-    assert L["total_loss"].item() == pytest.approx((L["mse_loss"] + .5 * L["cos_loss"]).item(), rel=1e-5)
+    near(L["total_loss"], L["mse_loss"] + .5 * L["cos_loss"], 3)
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -194,12 +210,14 @@ def test_degenerate_batches_stay_finite(level, dtype):
     f, h, t = small(level).to(dtype).train(), torch.randn(2, 4, D, dtype=dtype), torch.randn(2, 4, D, dtype=dtype)
     part = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]])
     dirty = h.masked_fill(part[..., None] == 0, float("nan"))
-    for a, b, m in ((dirty, dirty, part), (h, t, torch.zeros(2, 4)), (h[:, :0], t[:, :0], None), (h[:0], t[:0], part[:0]),
+    for a, b, m in ((dirty, dirty, part), (h, t, torch.zeros(2, 4)), (h[:, :0], t[:, :0], None),
+                    (h[:0], t[:0], part[:0]),
                     (torch.zeros_like(h), torch.zeros_like(t), None)):
         f.zero_grad()
         for loss in (f.compute_loss(a, b, m)["total_loss"],
                      *(A.head_loss(k, f.rows(a, torch.ones(a.shape[:2]).bool() if m is None else m.bool()),
-                                   b[torch.ones(a.shape[:2]).bool() if m is None else m.bool()], None, Head()) for k in A.HEAD_LOSSES)):
+                                   b[torch.ones(a.shape[:2]).bool() if m is None else m.bool()], None, Head())
+                       for k in A.HEAD_LOSSES)):
             assert loss.dtype == torch.float32 and torch.isfinite(loss)
             loss.backward(retain_graph=True)
             assert all(torch.isfinite(p.grad).all() for p in f.parameters() if p.grad is not None)
@@ -216,9 +234,11 @@ def test_head_losses_by_enumeration():
         want["kl"] += sum(x * np.log(x / y) for x, y in zip(p, q, strict=True)) / 3
         want["tv"] += .5 * sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 3
         want["nla"] -= np.log(beta) / 3
-    for k, v in want.items(): assert A.head_loss(k, a, t, mask, head, ids=ids).item() == pytest.approx(v, rel=1e-4)
+    for k, v in want.items():
+        # logarithms of 50 sums of D terms
+        near(A.head_loss(k, a, t, mask, head, ids=ids), v, D * 50, size=max(v, 1), what=k)
     own = head.logits(t).argmax(-1)
-    assert A.head_loss("ce", a, t, mask, head).item() == pytest.approx(A.head_loss("ce", a, t, mask, head, ids=own).item())
+    near(A.head_loss("ce", a, t, mask, head), A.head_loss("ce", a, t, mask, head, ids=own), 50)
 
 def test_head_losses_train_the_adapter_and_leave_the_target_alone():
     f, head = randomised(1), Head()
@@ -231,11 +251,12 @@ def test_head_losses_train_the_adapter_and_leave_the_target_alone():
 def test_wrong_shapes_name_both():
     f = small(1, target_dim=40)
     with pytest.raises(ValueError, match="width 16, expected 32"): f(torch.randn(1, 2, 16))
-    with pytest.raises(ValueError, match=r"expected \[..., T, 32\], \[..., T, 40\]"): f.compute_loss(torch.randn(1, 2, D), torch.randn(1, 2, D))
+    with pytest.raises(ValueError, match=r"expected \[..., T, 32\], \[..., T, 40\]"):
+        f.compute_loss(torch.randn(1, 2, D), torch.randn(1, 2, D))
     assert f.compute_loss(torch.randn(1, 2, D), torch.randn(1, 2, 40))["total_loss"] > 0
 
 
-# --- to disk and back -------------------------------------------------------------------------------------------------------
+# --- to disk and back -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 @pytest.mark.parametrize("kw", [{}, dict(residual="linear", target_dim=40, head_hash="e" * 64)])
@@ -243,7 +264,8 @@ def test_round_trips(level, kw, tmp_path):
     f, h, path = randomised(level, **kw), torch.randn(2, 3, D), tmp_path/"best_model.pt"
     f.save_checkpoint(path, torch.optim.AdamW(f.parameters()), 7, {"val": {"cos": np.float32(.5), "n": [1, 2]}})
     raw = torch.load(path, weights_only=True)
-    assert raw["epoch"] == 7 and raw["metrics"] == {"val": {"cos": .5, "n": [1, 2]}} and raw["adapter_type"].startswith(f"L{level}_")
+    assert raw["epoch"] == 7 and raw["metrics"] == {"val": {"cos": .5, "n": [1, 2]}}
+    assert raw["adapter_type"].startswith(f"L{level}_")
     assert {"model_state_dict", "config", "optimizer_state_dict"} <= set(raw) and type(raw["config"]) is dict
     g, ckpt = A.load_any_adapter(path)
     assert type(g) is type(f) and g.config == f.config == ckpt["config"] and not g.training and torch.equal(g(h), f(h))
@@ -251,7 +273,8 @@ def test_round_trips(level, kw, tmp_path):
     f.save_pretrained(tmp_path/"hub")
     g = type(f).from_pretrained(tmp_path/"hub")
     assert g.config == f.config and torch.equal(g(h), f(h))
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["README.md", "best_model.pt", "config.json", "hub", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["README.md", "best_model.pt", "config.json", "hub",
+                                                           "model.safetensors"]
 
 def test_same_adapter_same_bytes(tmp_path):
     f = randomised(1)
@@ -280,9 +303,11 @@ def study_l1(tmp_path, module, state, **fields):
     code = f"""
         import torch
         from {module} import HiddenAdapterConfig
-        torch.save({{"model_state_dict": torch.load("state.pt"), "config": HiddenAdapterConfig(**{fields!r}), "epoch": 44}}, "study.pt")
+        state, config = torch.load("state.pt"), HiddenAdapterConfig(**{fields!r})
+        torch.save({{"model_state_dict": state, "config": config, "epoch": 44}}, "study.pt")
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path/"src")})
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True,
+                   env={**os.environ, "PYTHONPATH": str(tmp_path/"src")})
     return tmp_path/"study.pt"
 
 def test_study_l1_loads_without_its_class(tmp_path):
@@ -290,16 +315,20 @@ def test_study_l1_loads_without_its_class(tmp_path):
     path = study_l1(tmp_path, "feasible.feature_alignment.hidden_adapter", f.state_dict())
     with pytest.raises(pickle.UnpicklingError): torch.load(path, weights_only=True)
     g, ckpt = A.HiddenStateAdapter.load_checkpoint(path)
-    assert torch.equal(g(h), f(h)) and ckpt["epoch"] == 44 and ckpt["config"]["bottleneck_dim"] == 8 and g.config["num_layers"] == 2
+    assert torch.equal(g(h), f(h)) and ckpt["epoch"] == 44
+    assert ckpt["config"]["bottleneck_dim"] == 8 and g.config["num_layers"] == 2
     assert "feasible.feature_alignment.hidden_adapter" not in sys.modules
-    with pytest.raises(pickle.UnpicklingError): torch.load(path, weights_only=True)     # the permission ended with the call
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)     # the permission ended with the call
 
 def test_study_l1_with_other_claims_or_another_module_is_refused(tmp_path):
     state = randomised(1, num_layers=2).state_dict()
     with pytest.raises(ValueError, match="says hidden_dim 64 over weights that say 32"):
         A.load_any_adapter(study_l1(tmp_path, "pkg.hidden_adapter", state, hidden_dim=64))
-    with pytest.raises(ValueError, match="without LayerNorm or GELU"): A.load_any_adapter(study_l1(tmp_path, "pkg.hidden_adapter", state, use_gelu=False))
-    with pytest.raises(ValueError, match="names pkg.other.HiddenAdapterConfig"): A.load_any_adapter(study_l1(tmp_path, "pkg.other", state))
+    with pytest.raises(ValueError, match="without LayerNorm or GELU"):
+        A.load_any_adapter(study_l1(tmp_path, "pkg.hidden_adapter", state, use_gelu=False))
+    with pytest.raises(ValueError, match="names pkg.other.HiddenAdapterConfig"):
+        A.load_any_adapter(study_l1(tmp_path, "pkg.other", state))
 
 @pytest.mark.parametrize("level,kind,config", [
     (2, "L2_MultiLayerBottleneck", dict(hidden_dim=D, bottleneck_dim=8, num_blocks=3)),
@@ -317,7 +346,7 @@ def test_study_l2_l3_l4_load(level, kind, config, tmp_path):
     assert torch.equal(A.load_any_adapter(tmp_path/"s.pt")[0](h), f(h))
 
 
-# --- files that lie -----------------------------------------------------------------------------------------------------------
+# --- files that lie -------------------------------------------------------------------------------------------------
 
 class Call:
     "Pickles as a call"
@@ -328,8 +357,10 @@ class Call:
 @pytest.mark.parametrize("fn", [os.system, eval, subprocess.check_output, "pathlib"])
 def test_malicious_pickles_never_run(where, fn, tmp_path):
     mark, path = tmp_path/"ran", tmp_path/"evil.pt"
-    call = Call(Path.touch, mark) if fn == "pathlib" else Call(fn, f"open({str(mark)!r}, 'w')") if fn is eval else Call(fn, f"touch {mark}") if fn is os.system \
-        else Call(fn, ["touch", str(mark)])
+    if fn == "pathlib": call = Call(Path.touch, mark)
+    elif fn is eval: call = Call(fn, f"open({str(mark)!r}, 'w')")
+    elif fn is os.system: call = Call(fn, f"touch {mark}")
+    else: call = Call(fn, ["touch", str(mark)])
     torch.save({"model_state_dict": small(1).state_dict(), "config": {}, where: call}, path)
     with pytest.raises(ValueError, match="nothing of it was run") as e: A.load_any_adapter(path)
     assert not mark.exists() and str(path) in str(e.value) and "\n" not in str(e.value)
@@ -343,11 +374,14 @@ def test_plain_pickle_and_other_files(tmp_path):
     (tmp_path/"c.pt").write_text("hello")
     torch.save([1, 2], tmp_path/"d.pt")
     with zipfile.ZipFile(tmp_path/"e.pt", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("x/data.pkl", b"\0" * 10**6)
-    small(1).save_checkpoint(tmp_path/"good.pt")                      # a checkpoint packed so that it unpacks to more than its size
+    # a checkpoint packed so that it unpacks to more than its size
+    small(1).save_checkpoint(tmp_path/"good.pt")
     with zipfile.ZipFile(tmp_path/"good.pt") as src, zipfile.ZipFile(tmp_path/"f.pt", "w", zipfile.ZIP_DEFLATED) as z:
-        for i in src.infolist(): z.writestr(i.filename, bytes(len(src.read(i))) if "/data/" in i.filename else src.read(i))
+        for i in src.infolist():
+            z.writestr(i.filename, bytes(len(src.read(i))) if "/data/" in i.filename else src.read(i))
     for name in "abcdef":
-        with pytest.raises(ValueError, match="expected an adapter checkpoint") as e: A.load_any_adapter(tmp_path/f"{name}.pt")
+        with pytest.raises(ValueError, match="expected an adapter checkpoint") as e:
+            A.load_any_adapter(tmp_path/f"{name}.pt")
         assert f"{name}.pt" in str(e.value) and "\n" not in str(e.value)
     for missing in (tmp_path/"none.pt", tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"): A.load_any_adapter(missing)
@@ -355,7 +389,8 @@ def test_plain_pickle_and_other_files(tmp_path):
 
 def lie(change):
     "A valid L2 checkpoint after `change(ckpt)`"
-    ckpt = dict(model_state_dict=dict(randomised(2).state_dict()), adapter_type="L2_MultiLayerBottleneck", config=dict(small(2).config), epoch=0)
+    ckpt = dict(model_state_dict=dict(randomised(2).state_dict()), adapter_type="L2_MultiLayerBottleneck",
+                config=dict(small(2).config), epoch=0)
     change(ckpt)
     return ckpt
 def put(key, fn): return lambda c: c["model_state_dict"].__setitem__(key, fn(c["model_state_dict"].get(key)))
@@ -369,7 +404,8 @@ LIES = {
     "dropout is 7": lambda c: c["config"].update(dropout=7),
     "head_hash is 3": lambda c: c["config"].update(head_hash=3),
     "final_norm.bias holds NaN": put("final_norm.bias", lambda t: t * float("nan")),
-    "blocks.1.up_proj.weight holds NaN or inf": put("blocks.1.up_proj.weight", lambda t: t.index_fill(0, torch.tensor([3]), float("inf"))),
+    "blocks.1.up_proj.weight holds NaN or inf": put("blocks.1.up_proj.weight",
+                                                    lambda t: t.index_fill(0, torch.tensor([3]), float("inf"))),
     "final_norm.bias missing": lambda c: c["model_state_dict"].pop("final_norm.bias"),
     "'?extra'? unknown": put("extra", lambda t: torch.zeros(3)),
     "blocks.2.up_proj.weight of shape": put("blocks.2.up_proj.weight", lambda t: t[:, :4].clone()),
@@ -384,9 +420,9 @@ LIES = {
 @pytest.mark.parametrize("words", LIES)
 def test_files_that_lie_are_refused(words, tmp_path):
     torch.save(lie(LIES[words]), tmp_path/"lie.pt")
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match=words) as e: A.load_any_adapter(tmp_path/"lie.pt")
-    assert time.perf_counter() - start < 5 and "lie.pt" in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(ValueError, match=words) as e, bounded(2**30):
+        A.load_any_adapter(tmp_path/"lie.pt") # refused before memory is asked for
+    assert "lie.pt" in str(e.value) and "\n" not in str(e.value)
 
 def test_the_unchanged_one_loads(tmp_path):
     torch.save(lie(lambda c: None), tmp_path/"true.pt")
@@ -449,32 +485,34 @@ def test_another_head_is_named(tmp_path):
     with pytest.raises(ValueError, match="width 40, head of width 32"): A.check_head(small(1, target_dim=40), Head())
 
 
-# --- whole or absent ------------------------------------------------------------------------------------------------------------
+# --- whole or absent ------------------------------------------------------------------------------------------------
 
 def test_a_failed_save_keeps_the_old_file(tmp_path):
     f, path = small(1), tmp_path/"a.pt"
     f.save_checkpoint(path, epoch=1)
-    with pytest.raises(ValueError, match="metrics.x: object, expected numbers"): f.save_checkpoint(path, epoch=2, metrics={"x": object()})
+    with pytest.raises(ValueError, match="metrics.x: object, expected numbers"):
+        f.save_checkpoint(path, epoch=2, metrics={"x": object()})
     with pytest.raises(Exception, match="pickle|Can't"): f.save_checkpoint(path, optimizer={"x": lambda: 0}, epoch=2)
     assert A.load_any_adapter(path)[1]["epoch"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 def test_killed_while_saving(tmp_path):
-    path, rng, seen = tmp_path/"a.pt", np.random.default_rng(0), set()
+    path, rng, first = tmp_path/"a.pt", np.random.default_rng(0), 10**6
     f = A.create_adapter(1, 256)
     f.save_checkpoint(path, epoch=0)
-    for _ in range(8):
-        pid = os.fork()
+    for k in range(1, 9):
+        before, pid = path.stat().st_ino, os.fork()
         if pid == 0:
-            for epoch in range(10**6): f.save_checkpoint(path, epoch=epoch)
+            for epoch in range(first): f.save_checkpoint(path, epoch=k * first + epoch)
             os._exit(0)
-        time.sleep(.02 + .1 * rng.random())
+        until(lambda: path.stat().st_ino != before)  # noqa: B023
+        time.sleep(.1 * rng.random())                                # any instant will do
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        seen.add(A.load_any_adapter(path)[1]["epoch"])
-    assert len(seen) > 2                                             # files were being replaced, and each one found was whole
+        # files were being replaced, and the one found is whole
+        assert A.load_any_adapter(path)[1]["epoch"] // first == k
 
 
-# --- the rest -------------------------------------------------------------------------------------------------------------------
+# --- the rest -------------------------------------------------------------------------------------------------------
 
 def test_this_room_imports_nothing_of_featsd():
     tree = ast.parse(Path(A.__file__).read_text())
@@ -482,8 +520,24 @@ def test_this_room_imports_nothing_of_featsd():
     names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     assert not [n for n in names if n.split(".")[0] in ("featsd", "")]
 
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("kw", [{}, dict(residual="linear"), dict(target_dim=24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lean_form_says_the_same(level, kw, dtype):
+    "Folded into the head or, in half precision, called as it is: the logits of the plain way"
+    f = randomised(level, **kw).to(dtype)
+    class Linear:
+        lm_head = torch.nn.Linear(f.target_dim, 30, bias=False).to(dtype)
+        def logits(self, h): return self.lm_head(h)
+    h, head = torch.randn(5, D).to(dtype), Linear()
+    with torch.no_grad(): plain, folded, other = head.logits(f(h)), f.folded(head)(h), f.folded(Head(7))
+    assert (folded - plain).abs().max() < 1e-3
+    if not kw.get("target_dim"):
+        assert torch.equal(other(h), Head(7).logits(f(h))) # a head without a matrix to fold into
+
 def test_summary_as_a_program():
-    out = subprocess.run([sys.executable, "-m", "featsd.adapters"], capture_output=True, text=True, check=True, timeout=120)
+    out = subprocess.run([sys.executable, "-m", "featsd.adapters"], capture_output=True, text=True, check=True,
+                         timeout=HANG)
     lines = out.stdout.splitlines()
     assert [ln.split()[2] for ln in lines[1:5]] == ["2,113,537", "6,324,227", "16,797,698", "100,714,497"]
     assert [ln.split()[3] for ln in lines[1:5]] == ["8.1", "24.1", "64.1", "384.2"] and not out.stderr

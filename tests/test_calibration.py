@@ -7,17 +7,20 @@ from types import SimpleNamespace as NS
 import numpy as np
 import pytest
 import torch
+from closeness import near
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from featsd import calibration as C
-from featsd.core import FeatsdError
-from featsd.data.answers import Answers, clip_bootstrap
-from featsd.data.ngram import NGramTable
+from featsd.base.core import FeatsdError
+from featsd.base.stats import clip_bootstrap
+from featsd.data.answers import Answers
+from featsd.models.words import NGramTable
 from featsd.metrics import Scores
-from featsd.models.backbone import Head, RMSNorm
-from featsd.nulls import answers_of, measure
+from featsd.data.head import Head, RMSNorm
+from featsd.data.answers import answers_of
+from featsd.nulls import measure
 
 V, T = 8, 9
 
@@ -39,11 +42,14 @@ class World:
         scene = torch.randint(4, (clips,), generator=g).repeat_interleave(questions)
         self.ids = torch.stack([torch.multinomial(self.law[s], 1, generator=g)[:, 0] for s in scene])
         right = self.law[scene].log()
-        self.streams = {"draft_forced": right, "draft_free": torch.zeros_like(right), "draft_wrong": self.law[(scene + 1) % 4].log()}
+        self.streams = {"draft_forced": right, "draft_free": torch.zeros_like(right),
+                        "draft_wrong": self.law[(scene + 1) % 4].log()}
         self.right, self.path, self.mask = right, name, torch.ones(self.ids.shape, dtype=torch.bool)
         if broken: self.mask[:, 3] = False
         self.manifest = {"target_dim": V, "draft_dim": V, "streams": ["target", *self.streams]}
-        self.pairs = [NS(index=i, clip_id=f"{name}{i // questions}", question=f"q{i % questions}", draft_text="", target_text="") for i in range(len(scene))]
+        said = dict(draft_text="", target_text="")
+        self.pairs = [NS(index=i, clip_id=f"{name}{i // questions}", question=f"q{i % questions}", **said)
+                      for i in range(len(scene))]
         self._head = Head(RMSNorm(torch.ones(V), 1e-6), nn.Linear(V, V, bias=False))
         with torch.no_grad(): self._head.lm_head.weight.copy_(torch.eye(V))
     def __len__(self): return len(self.pairs)
@@ -56,7 +62,8 @@ class World:
     def batches(self, stream="draft_forced", batch_pairs=64, **kw):
         for i in range(0, len(self), batch_pairs):
             s = slice(i, i + batch_pairs)
-            yield NS(h_draft=self.streams[stream][s], h_target=self.right[s], mask=self.mask[s], ids=self.ids[s], index=list(range(len(self)))[s])
+            yield NS(h_draft=self.streams[stream][s], h_target=self.right[s], mask=self.mask[s], ids=self.ids[s],
+                     index=list(range(len(self)))[s])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +99,7 @@ def test_auroc_agrees_with_sklearn():
     from sklearn.metrics import roc_auc_score
     rng = np.random.default_rng(1)
     score, hit = rng.random(500).round(2), rng.random(500) < .4
-    assert C.auroc(score, hit) == pytest.approx(roc_auc_score(hit, score), abs=1e-12)
+    near(C.auroc(score, hit), roc_auc_score(hit, score), 500, torch.float64)
 
 
 # ---- buckets, ECE, intervals
@@ -100,7 +107,8 @@ def test_auroc_agrees_with_sklearn():
 def test_a_bucket_is_open_below_and_closed_above():
     x = np.array([.90, np.nextafter(np.float32(.90), np.float32(1)), .95, -1., 1.], np.float32)
     b = C.reliability(x, [1, 0, 1, 0, 1], list("abcde"), n_boot=20).buckets
-    assert [(round(k["low"], 2), round(k["high"], 2), k["n"]) for k in b] == [(-1, 0, 1), (.85, .9, 1), (.9, .95, 2), (.95, 1, 1)]
+    found = [(round(k["low"], 2), round(k["high"], 2), k["n"]) for k in b]
+    assert found == [(-1, 0, 1), (.85, .9, 1), (.9, .95, 2), (.95, 1, 1)]
     assert [k["match"].value for k in b] == [0, 1, .5, 1]
 
 
@@ -128,7 +136,8 @@ def test_intervals_go_by_clip():
 def test_resampling_is_that_of_clip_bootstrap():
     rng = np.random.default_rng(4)
     x, clips = rng.random(300), [f"c{i // 10:03d}" for i in range(300)]
-    assert C.by_clip(lambda w: (w * x).sum() / w.sum(), x.mean(), clips, 200)[:3] == pytest.approx(clip_bootstrap(x, clips, 200)[:3])
+    mean = C.resampled(lambda w: (w * x).sum() / w.sum(), x.mean(), clips, 200)
+    assert mean[:3] == pytest.approx(clip_bootstrap(x, clips, 200)[:3])
 
 
 def test_all_matches_of_few_clips_are_no_certainty():
@@ -142,11 +151,14 @@ def test_all_matches_of_few_clips_are_no_certainty():
 # ---- the conjecture
 
 def test_conjecture_counts_by_bucket_and_above():
-    s = Scores(np.array([0, 3, 6]), np.array([.96, .95, .91, .86, .82, np.nan], np.float32), centred=np.zeros(6, np.float32),
+    cos = np.array([.96, .95, .91, .86, .82, np.nan], np.float32)
+    s = Scores(np.array([0, 3, 6]), cos, centred=np.zeros(6, np.float32),
                rank=np.array([0, 1, 0, 0, 3, -1]), clips=["a", "b"])
     rows = C.conjecture(s, n_boot=20)
-    assert [(r["tau"], r["claimed"], r["bucket_n"], r["above_n"]) for r in rows] == [(.95, .999, 1, 1), (.9, .98, 2, 3), (.85, .9, 1, 4), (.8, .8, 1, 5)]
-    assert [r["bucket"].value for r in rows] == [1, .5, 1, 0] and [r["above"].value for r in rows] == pytest.approx([1, 2 / 3, .75, .6])
+    found = [(r["tau"], r["claimed"], r["bucket_n"], r["above_n"]) for r in rows]
+    assert found == [(.95, .999, 1, 1), (.9, .98, 2, 3), (.85, .9, 1, 4), (.8, .8, 1, 5)]
+    assert [r["bucket"].value for r in rows] == [1, .5, 1, 0]
+    assert [r["above"].value for r in rows] == pytest.approx([1, 2 / 3, .75, .6])
     assert all(r["above"] is None for r in C.conjecture(s, "centred", n_boot=20))
     assert s.cos[0] == np.float32(.96)                                   # the scores are left as they were
 
@@ -156,7 +168,7 @@ def test_conjecture_counts_by_bucket_and_above():
 def test_truth_gives_the_table_less_the_entropy(world, known):
     g, test = known["forced"], world[2]
     real = -test.right.gather(2, test.ids[..., None]).mean().item() / math.log(2)   # CE of the truth on these draws
-    assert g.aligned.value == pytest.approx(real, abs=1e-5)
+    near(g.aligned.value, real, V * test.ids.numel())
     assert g.weights == pytest.approx((0, 1), abs=.08)
     assert g.gain.value == pytest.approx(g.words.value - real, abs=.02) and g.gain.low > 0
     entropy = -(test.right.exp() * test.right).sum(-1).mean().item() / math.log(2)
@@ -166,7 +178,7 @@ def test_truth_gives_the_table_less_the_entropy(world, known):
 def test_a_uniform_draft_gains_nothing(known):
     g = known["free"]
     assert g.weights[1] == 0 and g.weights[0] == g.sharpen and g.net[:3] == (0, 0, 0)
-    assert g.gain.value == pytest.approx(0, abs=.02) and "adds nothing" in "\n".join(C.gain_lines(NS(gains={"free": g})))
+    assert g.gain.value == pytest.approx(0, abs=.02) and "adds nothing" in str(C.gain_table({"free": g}))
 
 
 def test_the_wrong_clip_costs_bits(known):
@@ -182,9 +194,11 @@ def test_bits_of_words_are_the_tables_own(world, known):
 
 
 def test_a_poor_table_is_not_a_gain_of_the_sensor(world):
-    "A table that is far too sure of itself: sharpening (here: blunting) it earns bits without a sensor, and `net` does not count them"
+    "A table far too sure of itself: sharpening (here: blunting) it earns bits without a sensor, not in `net`"
     train, val, test = world
-    poor = NGramTable(answers_of(train).select(range(25)) if hasattr(Answers, "select") else [train.target_ids(i) for i in range(25)], strength=.02)
+    few = [train.target_ids(i) for i in range(25)]
+    if hasattr(Answers, "select"): few = answers_of(train).select(range(25))
+    poor = NGramTable(few, strength=.02)
     g = C.gains(None, test, val, poor, test.head(), n_boot=50)["free"]
     assert g.gain.low > .05 and g.net[:3] == (0, 0, 0)
 
@@ -195,7 +209,7 @@ def test_fit_weights_is_the_minimum():
     ids = torch.multinomial((.7 * words + 1.3 * draft).softmax(-1), 1, generator=g)[:, 0]
     w = C.fit_weights(ids, words, draft)
     cost = lambda w: nn.functional.nll_loss(C.product(w, words, draft), ids).item()
-    assert all(cost(w) <= cost((w[0] + da, w[1] + db)) + 1e-9 for da in (-.02, 0, .02) for db in (-.02, 0, .02))
+    assert all(cost(w) <= cost((w[0] + da, w[1] + db)) * (1 + 1e-9) for da in (-.02, 0, .02) for db in (-.02, 0, .02))
     assert w == pytest.approx((.7, 1.3), abs=.25)
 
 
@@ -204,9 +218,10 @@ def test_laws_are_the_tables_and_a_masked_state_stays_context(world):
     for x in C.expert_laws(states, table, None, states.head(), max_pairs=None):
         text, at = states.target_ids(int(x.index[0])), [t for t in range(T) if t != 3]
         for k, t in enumerate(at):
-            assert x.ids[k] == text[t] and x.choice[k] == table.next(text[:t]) and x.share[k] == pytest.approx(table.sure(text[:t]), rel=.02)
-            assert np.allclose(x.words[k].exp().numpy(), table.smoothed(text[:t], V))
-        assert torch.allclose(x.aligned.float(), states.right[int(x.index[0])][at], atol=1e-5)
+            assert x.ids[k] == text[t] and x.choice[k] == table.next(text[:t])
+            near(x.share[k], table.sure(text[:t]), V)
+            near(x.words[k].exp(), table.smoothed(text[:t], V), V)
+        near(x.aligned, states.right[int(x.index[0])][at], V)
 
 
 def test_questions_have_tables_of_their_own_where_that_pays():
@@ -239,14 +254,18 @@ def whole(world):
 def test_report_figures_and_files(whole, tmp_path):
     c, m = whole
     text = c.report()
-    for part in ("99.9%", "98.0%", "90.0%", "80.0%", "centred bucket", "confidence, forced", "cos, wrong-clip sensor", "Cross-modal gain", "wrong clip, refitted", "fused law, forced"):
+    for part in ("99.9%", "98.0%", "90.0%", "80.0%", "centred bucket", "confidence, forced", "cos, wrong-clip sensor",
+                 "Cross-modal gain", "wrong clip, refitted", "fused law, forced"):
         assert part in text, part
     names = c.save(tmp_path)
-    assert {"calibration.json", "calibration.txt", "reliability_cos.png", "reliability_centred.png", "reliability_confidence.png", "cross_modal_gain.png"} == set(names) == {p.name for p in tmp_path.iterdir()}
+    files = {"calibration.json", "calibration.txt", "reliability_cos.png", "reliability_centred.png",
+             "reliability_confidence.png", "cross_modal_gain.png"}
+    assert files == set(names) == {p.name for p in tmp_path.iterdir()}
     saved = json.loads((tmp_path/"calibration.json").read_text())
-    assert saved["gains"]["forced"]["gain"]["value"] == c.gains["forced"].gain.value and saved["claims"]["draft_forced"]["cos"][0]["claimed"] == .999
-    curve = c.figures()["reliability_cos"][1]["curves"]
-    assert sum(curve[0]["n"]) == int(m.scores["draft_forced", "toy"].valid.sum()) and any(x["null"] for x in curve)
+    assert saved["gains"]["forced"]["gain"]["value"] == c.gains["forced"].gain.value
+    assert saved["claims"]["draft_forced"]["cos"][0]["claimed"] == .999
+    series = c.figures()["reliability_cos"].panels[0].series
+    assert sum(series[0].n) == int(m.scores["draft_forced", "toy"].valid.sum()) and any(x.null for x in series)
 
 
 def test_the_truth_is_calibrated_and_a_measurement_alone_suffices(whole):
@@ -263,13 +282,17 @@ def test_the_truth_is_calibrated_and_a_measurement_alone_suffices(whole):
 def test_bad_input_says_so(world, whole):
     train, val, test = world
     words, head = answers_of(train), test.head()
-    for states, said, word in (((test, test), words, "in validation and test data"), ((test, val), answers_of(val), "in training words and validation"), ((val, test), answers_of(val), "in training words and test")):
+    for states, said, word in (((test, test), words, "in validation and test data"),
+                               ((test, val), answers_of(val), "in training words and validation"),
+                               ((val, test), answers_of(val), "in training words and test")):
         with pytest.raises(FeatsdError, match=word): C.gains(None, *states, said, head)
     with pytest.raises(FeatsdError, match="leave the others out"): C.auroc([.1, math.nan], [True, False])
     with pytest.raises(FeatsdError, match="1 scores, 1 hits, 0 clips"): C.reliability([.1], [True], [])
-    blind = NS(name="toy", metrics={"draft_forced": {}}, scores={("draft_forced", "toy"): Scores(np.array([0, 1]), np.ones(1, np.float32))})
+    one = Scores(np.array([0, 1]), np.ones(1, np.float32))
+    blind = NS(name="toy", metrics={"draft_forced": {}}, scores={("draft_forced", "toy"): one})
     with pytest.raises(FeatsdError, match="target's head"): C.calibrate(blind)
     few = World("few", 20, 7)
     few.manifest = few.manifest | {"streams": ["target", "draft_forced"]}
     notes = []
-    assert list(C.gains(None, few, val, words, head, 20, notes=notes)) == ["forced"] and "the test store has no stream draft_free" in notes[0]
+    assert list(C.gains(None, few, val, words, head, 20, notes=notes)) == ["forced"]
+    assert "the test store has no stream draft_free" in notes[0]

@@ -2,13 +2,16 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 import torch
+from patience import HANG
 
 import featsd.commands as commands
 from featsd.adapters import create_adapter
@@ -22,27 +25,34 @@ ROOT = Path(__file__).parents[1]
 def declared():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini")
-    return sorted(line.split("=")[0].strip() for line in config["DEFAULT"]["console_scripts"].split() if "featsd.commands" in line)
+    lines = config["DEFAULT"]["console_scripts"].split()
+    return sorted(line.split("=")[0].strip() for line in lines if "featsd.commands" in line)
 
 
 def run(name, *args):
     "Exit status, stdout and stderr of a command"
     argv, out, err = sys.argv, io.StringIO(), io.StringIO()
+    script = {"__name__": "__main__", "__file__": "script.py", "command": getattr(commands, name)}
     sys.argv = [name, *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             # as a console script calls it: fastcore reads the arguments only there
-            exec(compile("command()", "script.py", "exec"), {"__name__": "__main__", "__file__": "script.py", "command": getattr(commands, name)})
+            exec(compile("command()", "script.py", "exec"), script)
         code = 0
     except SystemExit as e: code = e.code or 0
     finally: sys.argv = argv
     return code, out.getvalue(), err.getvalue()
 
 
+SMALL = dict(pair="pocket", split="test", quant="fp32", max_samples=4, max_questions=3, progress=False)
+LITTLE = ["--num_epochs", 2, "--no-progress", "--val_split", .25]
+RUN = {"config.json", "best_model.pt", "final_model.pt", "history.json", "training_curves.png"}
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
-    return extract(folder, pair=load_pair("pocket"), split="test", quant="fp32", max_samples=4, max_questions=3, progress=False)
+    return extract(folder, **SMALL)
 
 
 class Evil:
@@ -56,6 +66,24 @@ def test_help_explains_every_flag(name):
     import inspect
     flags = [p for p in inspect.signature(getattr(commands, name)).parameters]
     assert flags and all(f in out for f in flags)
+
+
+def by_name(*args):
+    return subprocess.run([sys.executable, "-m", "featsd", *args], capture_output=True, text=True, timeout=HANG,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"})
+
+
+def test_commands_are_found_by_name(monkeypatch):
+    "python -m featsd NAME"
+    listed = by_name()
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines() if line.startswith("  ")] == declared()
+    unknown = by_name("bench_press")
+    assert unknown.returncode == 2 and len(unknown.stderr.strip().splitlines()) == 1
+    assert all(name.removeprefix("featsd_") in unknown.stderr for name in declared())
+    monkeypatch.setenv("COLUMNS", "100")
+    helped = run("featsd_size", "--help")[1]
+    assert by_name("size", "--help").stdout == by_name("featsd_size", "--help").stdout == helped
 
 
 def test_unknown_flag_is_status_2():
@@ -94,7 +122,8 @@ def bad_cases(store, tmp):
         ("featsd_compare", ["--plain_runs", "0"], "--plain_runs 0"),
         ("featsd_compare", ["--gammas", ","], "--gammas: expected at least one γ"),
         ("featsd_compare", ["--drafters", "ngram+aligned"], "drafter 'ngram+aligned': no adapter given"),
-        ("featsd_replay", ["--answers", tmp/"x", "--nodes", "4,four"], "--nodes: expected whole numbers with commas between, found '4,four'"),
+        ("featsd_replay", ["--answers", tmp/"x", "--nodes", "4,four"],
+         "--nodes: expected whole numbers with commas between, found '4,four'"),
         ("featsd_adapters", ["--hidden_dim", "-1"], "-1"),
         ("featsd_demo", ["--clips", "1"], "at least 4"),
         ("featsd_timeline", ["--pair", "bucket"], "bucket"),
@@ -106,7 +135,8 @@ def test_bad_input_is_one_line_and_status_2(store, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     name, args, said = bad_cases(store, tmp_path/"in")[case]
     before = sorted(p for p in tmp_path.rglob("*"))
-    code, _, err = run(name, *(["--output_dir", tmp_path/"out"] if name in ("featsd_train", "featsd_measure") else []), *args)
+    to = ["--output_dir", tmp_path/"out"] if name in ("featsd_train", "featsd_measure") else []
+    code, _, err = run(name, *to, *args)
     assert code == 2, (code, err)
     assert said in err and len([line for line in err.splitlines() if line.strip()]) == 1, err
     assert not (tmp_path/"ran").exists()
@@ -115,11 +145,12 @@ def test_bad_input_is_one_line_and_status_2(store, tmp_path, monkeypatch, case):
 
 
 def test_train_measure_verify_from_the_command_line(store, tmp_path):
-    code, out, err = run("featsd_train", "--train_data", store, "--num_epochs", 2, "--output_dir", tmp_path/"ck", "--no-progress", "--val_split", .25)
+    code, out, err = run("featsd_train", "--train_data", store, "--output_dir", tmp_path/"ck", *LITTLE)
     assert code == 0, err
     folder = Path(out.strip().splitlines()[-1])
-    assert {"best_model.pt", "final_model.pt", "config.json", "history.json", "training_curves.png"} <= {p.name for p in folder.iterdir()}
-    code, out, err = run("featsd_measure", "--checkpoint", folder/"best_model.pt", "--test_data", store, "--output_dir", tmp_path/"m")
+    assert RUN <= {p.name for p in folder.iterdir()}
+    code, out, err = run("featsd_measure", "--checkpoint", folder/"best_model.pt", "--test_data", store,
+                         "--output_dir", tmp_path/"m")
     assert code == 0, err
     assert (tmp_path/"m"/"acceptance_metrics.json").exists() and (tmp_path/"m"/"position_stats.json").exists()
     code, out, err = run("featsd_verify", store)
@@ -148,7 +179,7 @@ def harm(store, tmp, start=0, at=.5):
 
 
 def test_repair_says_what_it_dropped_and_what_is_left_is_valid(store, tmp_path):
-    args = dict(pair=load_pair("pocket"), split="test", quant="fp32", max_samples=4, max_questions=3, chunk_size=5, progress=False)
+    args = SMALL | dict(chunk_size=5)
     whole = extract(tmp_path/"a", **args)
     good = {f.name: f.read_bytes() for f in (whole/"chunks").iterdir()}
     copy, chunk = harm(whole, tmp_path, 1)
@@ -156,7 +187,8 @@ def test_repair_says_what_it_dropped_and_what_is_left_is_valid(store, tmp_path):
     assert run("featsd_verify", copy)[0] == 1
     code, out, _ = run("featsd_verify", copy, "--repair")
     said = dict(line.split(None, 1) for line in out.splitlines())
-    assert code == 0 and said[f"chunks/{chunk.name}"].startswith("dropped: ") and "sha256" in said[f"chunks/{chunk.name}"]
+    of_chunk = said[f"chunks/{chunk.name}"]
+    assert code == 0 and of_chunk.startswith("dropped: ") and "sha256" in of_chunk
     assert said["chunks/chunk_000000.json.7.tmp"].startswith("dropped: ")
     assert "0 wrong, 2 dropped; what is left is valid, run the extraction again" in out and not chunk.exists()
     code, out, _ = run("featsd_verify", copy) # a gap between chunks is seen, and is for the extraction to close
@@ -164,7 +196,8 @@ def test_repair_says_what_it_dropped_and_what_is_left_is_valid(store, tmp_path):
     assert run("featsd_verify", copy, "--repair")[0] == 0
     shutil.move(copy, tmp_path/"b"/whole.name)
     again = extract(tmp_path/"b", **args)
-    assert {f.name: f.read_bytes() for f in (again/"chunks").iterdir()} == good and run("featsd_verify", again, "--repair")[1].splitlines()[-1].endswith("0 wrong, 0 dropped")
+    assert {f.name: f.read_bytes() for f in (again/"chunks").iterdir()} == good
+    assert run("featsd_verify", again, "--repair")[1].splitlines()[-1].endswith("0 wrong, 0 dropped")
     assert "again" in run("featsd_verify", "--help")[1]
 
 
@@ -179,24 +212,29 @@ def test_repair_cannot_mend_a_head_or_a_manifest(store, tmp_path):
 
 
 def test_verify_against_a_pair(store, tmp_path):
-    from featsd.models.pocket import load
-    own = load()
+    own = load_pair("pocket")
     code, out, err = run("featsd_verify", store, "--pair", "pocket")
     lines = dict((line[:18].strip(), line[19:]) for line in out.splitlines()[-12:])
     assert code == 0 and len(lines) == 12 and all(v.startswith("equal") for v in lines.values()), (out, err)
     code, out, _ = run("featsd_verify", store, "--pair", "pocket", "--quant", "bf16")
-    assert code == 1 and "target quant       differs: fp32 in the file, bf16 in the pair" in out and "draft dtype        differs: float32 in the file, bfloat16 in the pair" in out
-    assert "target head        differs: " in out and "target tokenizer   equal" in out and "target width       equal" in out
+    assert code == 1 and "target quant       differs: fp32 in the file, bf16 in the pair" in out
+    assert "draft dtype        differs: float32 in the file, bfloat16 in the pair" in out
+    assert "target head        differs: " in out
+    assert "target tokenizer   equal" in out and "target width       equal" in out
     m = json.loads((store/"manifest.json").read_text())
     copy = shutil.copytree(store, tmp_path/"copy")
     m["draft"]["hash"], m["target"]["tokenizer_hash"] = "0" * 64, None
     (copy/"manifest.json").write_text(json.dumps(m))
     code, out, _ = run("featsd_verify", copy, "--pair", "pocket")
-    assert code == 1 and f"draft model        differs: {'0' * 64} in the file, {own.draft.model_hash} in the pair" in out and "target tokenizer   not recorded" in out
-    for name, adapter, code, said in (("a.pt", create_adapter(1, hidden_dim=128, head_hash=own.target.head.hash), 0, "target head        equal"),
-                                      ("b.pt", create_adapter(1, hidden_dim=128), 0, "target head        not recorded"),
-                                      ("c.pt", create_adapter(1, hidden_dim=128, head_hash="f" * 64), 1, f"target head        differs: {'f' * 64}"),
-                                      ("d.pt", create_adapter(2, hidden_dim=64), 1, "draft width        differs: 64 in the file, 128 in the pair")):
+    assert code == 1 and "target tokenizer   not recorded" in out
+    assert f"draft model        differs: {'0' * 64} in the file, {own.draft.model_hash} in the pair" in out
+    made = lambda **kw: create_adapter(1, hidden_dim=128, **kw)
+    for name, adapter, code, said in (
+            ("a.pt", made(head_hash=own.target.head.hash), 0, "target head        equal"),
+            ("b.pt", made(), 0, "target head        not recorded"),
+            ("c.pt", made(head_hash="f" * 64), 1, f"target head        differs: {'f' * 64}"),
+            ("d.pt", create_adapter(2, hidden_dim=64), 1,
+             "draft width        differs: 64 in the file, 128 in the pair")):
         adapter.save_checkpoint(tmp_path/name)
         found, out, _ = run("featsd_verify", tmp_path/name, "--pair", "pocket")
         assert found == code and said in out, out
@@ -208,7 +246,8 @@ def test_verify_against_a_pair(store, tmp_path):
     d["config"]["store"] = dict(target=torch.ones(2), draft=dict(hash=torch.ones(2), quant="4bit"))
     torch.save(d, tmp_path/"two.pt")
     code, out, _ = run("featsd_verify", tmp_path/"two.pt", "--pair", "pocket")
-    assert code == 1 and out.count("not recorded") == 9 and "draft quant        differs: 4bit in the file, fp32 in the pair" in out
+    assert code == 1 and out.count("not recorded") == 9
+    assert "draft quant        differs: 4bit in the file, fp32 in the pair" in out
     pair = f"draft={ROOT}/featsd/models/pocket_weights/target,target={ROOT}/featsd/models/pocket_weights/target"
     code, out, _ = run("featsd_verify", store, "--pair", pair) # a pair of two other models
     assert code == 1 and "draft model        differs" in out and "target model       equal" in out
@@ -217,21 +256,26 @@ def test_verify_against_a_pair(store, tmp_path):
 
 
 def test_verify_a_run_folder(store, tmp_path):
-    code, out, err = run("featsd_train", "--train_data", store, "--num_epochs", 2, "--output_dir", tmp_path/"ck", "--no-progress", "--val_split", .25)
+    code, out, err = run("featsd_train", "--train_data", store, "--output_dir", tmp_path/"ck", *LITTLE)
     folder = Path(out.strip().splitlines()[-1])
     code, out, _ = run("featsd_verify", folder, "--pair", "pocket")
     said = dict(line.split(None, 1) for line in out.splitlines()[:5])
-    assert code == 0 and set(said) == {"config.json", "best_model.pt", "final_model.pt", "history.json", "training_curves.png"} and "target head        equal" in out
-    assert said["best_model.pt"].startswith("ok: L1, 128 → 128") and ", head " in said["best_model.pt"] and said["history.json"] == "ok: 2 epochs"
-    for name, break_it, says in (("history.json", lambda f: f.write_text('{"val_loss": [1, NaN]}'), "finite numbers in val_loss"),
-                                 ("training_curves.png", lambda f: f.write_bytes(f.read_bytes()[:99]), "not a readable PNG"),
-                                 ("final_model.pt", lambda f: f.write_bytes(f.read_bytes()[:999]), "adapter checkpoint"),
-                                 ("best_model.pt", lambda f: create_adapter(1, hidden_dim=128, bottleneck_dim=7).save_checkpoint(f), "config.json says"),
-                                 ("config.json", lambda f: f.write_text("[]"), "expected an object"), ("best_model.pt", Path.unlink, "missing")):
+    assert code == 0 and set(said) == RUN and "target head        equal" in out
+    assert said["best_model.pt"].startswith("ok: L1, 128 → 128") and ", head " in said["best_model.pt"]
+    assert said["history.json"] == "ok: 2 epochs"
+    other = create_adapter(1, hidden_dim=128, bottleneck_dim=7)
+    def cut(n): return lambda f: f.write_bytes(f.read_bytes()[:n])
+    for name, break_it, says in (
+            ("history.json", lambda f: f.write_text('{"val_loss": [1, NaN]}'), "finite numbers in val_loss"),
+            ("training_curves.png", cut(99), "not a readable PNG"), ("final_model.pt", cut(999), "adapter checkpoint"),
+            ("best_model.pt", other.save_checkpoint, "config.json says"),
+            ("config.json", lambda f: f.write_text("[]"), "expected an object"),
+            ("best_model.pt", Path.unlink, "missing")):
         copy = shutil.copytree(folder, tmp_path/"copy")
         break_it(copy/name)
         code, out, _ = run("featsd_verify", copy)
-        assert code == 1 and "5 files, 1 wrong" in out and says in next(line for line in out.splitlines() if line.startswith(name)), out
+        assert code == 1 and "5 files, 1 wrong" in out, out
+        assert says in next(line for line in out.splitlines() if line.startswith(name)), out
         shutil.rmtree(copy)
 
 
@@ -239,15 +283,16 @@ def test_verify_tables_and_heads(tmp_path):
     import numpy as np
     from safetensors.torch import save_file
 
-    from featsd.data.ngram import NGramTable
-    from featsd.models.pocket import load
-    own = load()
+    from featsd.models.words import NGramTable
+    own = load_pair("pocket")
     NGramTable([np.arange(5)], 2, own.target.tokenizer_hash).save(tmp_path/"t.safetensors")
     NGramTable([np.arange(5)], 2, "0" * 64).save(tmp_path/"other.safetensors")
     own.target.head.save(tmp_path/"head.safetensors")
     w = own.target.head.lm_head.weight.clone()
     torch.save(dict(lm_head_weight=w, vocab_size=len(w), hidden_dim=128, model_id="m"), tmp_path/"vl_lm_head.pt")
-    for name, code, says in (("t.safetensors", 0, "order 2"), ("other.safetensors", 1, "target tokenizer   differs"), ("head.safetensors", 0, "target ids         equal"), ("vl_lm_head.pt", 0, "without the final norm")):
+    for name, code, says in (
+            ("t.safetensors", 0, "order 2"), ("other.safetensors", 1, "target tokenizer   differs"),
+            ("head.safetensors", 0, "target ids         equal"), ("vl_lm_head.pt", 0, "without the final norm")):
         found, out, err = run("featsd_verify", tmp_path/name, "--pair", "pocket")
         assert found == code and says in out, out + err
     data = (tmp_path/"t.safetensors").read_bytes()
@@ -258,7 +303,10 @@ def test_verify_tables_and_heads(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path/"none.safetensors")
     (tmp_path/"torn.safetensors").write_bytes(data[:50])
     torch.save(Evil(), tmp_path/"evil.pt")
-    for name, code, says in (("t.safetensors", 1, "digest"), ("bad.pt", 1, "vocab_size 9"), ("inf.pt", 1, "infinity"), ("none.safetensors", 1, "something else"), ("torn.safetensors", 2, "damage"), ("evil.pt", 1, "nothing of it was run")):
+    for name, code, says in (
+            ("t.safetensors", 1, "digest"), ("bad.pt", 1, "vocab_size 9"), ("inf.pt", 1, "infinity"),
+            ("none.safetensors", 1, "something else"), ("torn.safetensors", 2, "damage"),
+            ("evil.pt", 1, "nothing of it was run")):
         found, out, err = run("featsd_verify", tmp_path/name)
         assert found == code and says in out + err, out + err
     assert run("featsd_verify", tmp_path/"head.safetensors", "--repair")[0] == 2 and not Path("ran").exists()

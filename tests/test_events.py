@@ -5,15 +5,15 @@ import pickle
 import random
 import struct
 import sys
-import time
 import tracemalloc
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from closeness import near, tol
 
-from featsd.core import FeatsdError
+from featsd.base.core import FeatsdError
 from featsd.data import events as ev
 from featsd.data.events import Events, read_events, render_events, save_events, simulate_events, windows
 
@@ -21,12 +21,14 @@ SHARED = Path(os.environ.get("FEATSD_SHARED_DATA") or Path(__file__).parents[2] 
 REAL = ["sample1.npy", "interlaken_00_d_000089.npy", "interlaken_00_d_000099.npy"]
 
 def real(name):
-    if not (SHARED / name).is_file(): pytest.skip(f"{name} is not at hand: set FEATSD_SHARED_DATA to the folder that holds events/{name}")
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{name} is not at hand: set FEATSD_SHARED_DATA to the folder that holds events/{name}")
     return SHARED / name
 
 def crowd(n, h=480, w=640, seed=0):
     rng = np.random.default_rng(seed)
-    return Events(rng.integers(0, w, n).astype(np.int32), rng.integers(0, h, n).astype(np.int32), np.sort(rng.integers(0, 10**6, n)),
+    return Events(rng.integers(0, w, n).astype(np.int32), rng.integers(0, h, n).astype(np.int32),
+                  np.sort(rng.integers(0, 10**6, n)),
                   rng.integers(0, 2, n).astype(np.uint8))
 
 def digits_clip(seed, frames=33, side=48):
@@ -63,7 +65,8 @@ def test_simulator_is_bitwise_pinned():
     "Same bytes on every machine and numpy: a changed digest changes every clip of the built-in world"
     out = simulate_events(digits_clip(1), T33, noise_rate=2., seed=7)
     assert [out.x.dtype, out.y.dtype, out.t.dtype, out.p.dtype] == [np.int32, np.int32, np.int64, np.uint8]
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(getattr(out, k), dtype=d).tobytes() for k, d in zip("xytp", ("<i4", "<i4", "<i8", "u1"), strict=True)))
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(getattr(out, k), dtype=d).tobytes()
+                                     for k, d in zip("xytp", ("<i4", "<i4", "<i8", "u1"), strict=True)))
     assert (len(out), digest.hexdigest()[:16]) == PINNED
 
 PINNED = (16_349, "ea20a531b1bba7d4")
@@ -74,7 +77,7 @@ def test_every_event_is_one_threshold():
     out = simulate_events(clip, T33, threshold=.2)
     sums = np.zeros((48, 48))
     np.add.at(sums, (out.y, out.x), np.where(out.p == 1, .2, -.2))
-    assert np.abs(clip[-1] - clip[0] - sums).max() < .2 + 1e-6
+    assert np.abs(clip[-1] - clip[0] - sums).max() < .2 + tol(33) # brightness is 1 at most, in 33 frames
     assert (np.diff(out.t) >= 0).all() and out.t.min() >= 0 and out.t.max() <= T33[-1]
 
 def test_simulator_ignores_changes_below_the_threshold_and_below_rounding():
@@ -82,15 +85,19 @@ def test_simulator_ignores_changes_below_the_threshold_and_below_rounding():
     assert len(simulate_events(clip * np.float32(1e-3), T33)) == 0
     np.testing.assert_array_equal(simulate_events(clip + np.float32(1e-5), T33).t, simulate_events(clip, T33).t)
 
-def test_simulator_rate():
-    clips = [digits_clip(s) for s in range(12)]
-    best = 1e9
-    for _ in range(3):
-        start = time.perf_counter()
-        for clip in clips: simulate_events(clip, T33)
-        best = min(best, time.perf_counter() - start)
-    print(f"simulate_events: {len(clips) / best:.0f} clips/s (33 frames, 48x48)")
-    assert len(clips) / best > 60 # about 1,000 on an idle core; a shared one may be slow
+def lines(f):
+    "How many lines Python runs inside: what works on arrays runs as many for a thousand times the data"
+    n, before = [0], sys.gettrace()
+    def count(frame, event, arg): n[0] += event == "line"; return count
+    sys.settrace(count)
+    try: f()
+    finally: sys.settrace(before)
+    return n[0]
+
+def test_the_simulator_works_on_whole_pictures():
+    small, large = (lines(lambda: simulate_events(np.tile(digits_clip(1), (1, k, k)), T33))  # noqa: B023
+                    for k in (1, 8))
+    assert small <= large <= small + 100
 
 # ---- the renderer
 
@@ -107,11 +114,14 @@ def render_loop(events, n_parts=5, polarity_order="last"):
         out.append(img)
     return out
 
-def same(a, b): return len(a) == len(b) and all(np.array_equal(u, v) and u.dtype == v.dtype == np.uint8 for u, v in zip(a, b, strict=True))
+def same(a, b):
+    return (len(a) == len(b) and all(np.array_equal(u, v) and u.dtype == v.dtype == np.uint8
+                                     for u, v in zip(a, b, strict=True)))
 
 @pytest.mark.parametrize("order", ["last", "blue_last"])
 def test_renderer_agrees_with_a_loop(order):
-    for seed, (n, parts, h, w) in enumerate([(5, 5, 4, 4), (7, 3, 2, 9), (1000, 1, 5, 5), (4003, 5, 31, 17), (9999, 7, 120, 160)]):
+    for seed, (n, parts, h, w) in enumerate([(5, 5, 4, 4), (7, 3, 2, 9), (1000, 1, 5, 5), (4003, 5, 31, 17),
+                                             (9999, 7, 120, 160)]):
         stream = crowd(n, h, w, seed)
         assert same(render_events(stream, parts, order), render_loop(stream, parts, order))
 
@@ -120,18 +130,12 @@ def test_renderer_agrees_with_a_loop_on_real_streams(name):
     stream = read_events(real(name))[:40_000]
     for order in ("last", "blue_last"): assert same(render_events(stream, 5, order), render_loop(stream, 5, order))
 
-def test_renderer_is_fast_and_identical_on_a_million_events():
-    stream, best = crowd(1_000_000), 1e9
-    start = time.perf_counter()
-    slow = render_loop(stream)
-    loop_s = time.perf_counter() - start
-    for _ in range(7):
-        start = time.perf_counter()
-        fast = render_events(stream)
-        best = min(best, time.perf_counter() - start)
-    print(f"render_events: {loop_s / best:.0f}x the loop over 1,000,000 events ({best * 1e3:.1f} ms)")
-    assert same(fast, slow)
-    assert loop_s / best >= 30 # above 100 on an idle core
+def test_renderer_works_on_whole_streams_and_is_identical_on_a_million_events():
+    stream = crowd(1_000_000)
+    assert same(render_events(stream), render_loop(stream))
+    few = crowd(1_000)
+    assert (lines(lambda: render_events(stream)) <= lines(lambda: render_events(few)) +
+            100 < lines(lambda: render_loop(few)))
 
 def test_golden_pictures_of_a_real_stream():
     stream = read_events(real("sample1.npy"))
@@ -140,7 +144,8 @@ def test_golden_pictures_of_a_real_stream():
     counts = [[int((p == c).all(-1).sum()) for c in ((255, 0, 0), (0, 0, 255), (255, 255, 255))] for p in pictures]
     assert counts[0] == [13_513, 11_484, 282_203] and counts[1] == [11_286, 14_272, 281_642]
     assert hashlib.sha256(pictures[0].tobytes()).hexdigest().startswith("fd292a606d45b16f")
-    differ = [int((a != b).any(-1).sum()) for a, b in zip(pictures, render_events(stream, polarity_order="blue_last"), strict=True)]
+    differ = [int((a != b).any(-1).sum()) for a, b in zip(pictures, render_events(stream, polarity_order="blue_last"),
+                                                          strict=True)]
     assert differ == [60, 113, 175, 112, 54]
 
 @pytest.mark.parametrize("name", REAL[1:])
@@ -150,7 +155,8 @@ def test_real_dsec_streams(name):
     assert [p.shape for p in render_events(stream, size=(480, 640))] == [(480, 640, 3)] * 5
 
 def test_renderer_refuses():
-    for call, words in [(lambda: render_events(crowd(4)), "4 events, expected at least 5"), (lambda: render_events(crowd(9), polarity_order="red"), "polarity_order"),
+    for call, words in [(lambda: render_events(crowd(4)), "4 events, expected at least 5"),
+                        (lambda: render_events(crowd(9), polarity_order="red"), "polarity_order"),
                         (lambda: render_events(crowd(900), size=(48, 48)), "within 48x48"),
                         (lambda: render_events(Events(*[np.array([0, 65535])] * 3, np.array([0, 1]))[:2], 1), "stray")]:
         with pytest.raises(FeatsdError, match=words): call()
@@ -161,11 +167,13 @@ def columns(n=100, **dtypes):
     c = crowd(n)
     return {k: getattr(c, k).astype(dtypes.get(k, getattr(c, k).dtype)) for k in "xytp"}
 
-def equal(a, b): return all(np.array_equal(getattr(a, k), b[k] if isinstance(b, dict) else getattr(b, k)) for k in "xytp")
+def equal(a, b):
+    return all(np.array_equal(getattr(a, k), b[k] if isinstance(b, dict) else getattr(b, k)) for k in "xytp")
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_dictionaries_of_every_protocol(tmp_path, protocol):
-    c = columns(x="u2", y=">u2", t="<i8", p="?") | {"duration_ms": 50., "time_start": np.int64(3), "name": np.str_("seq"), "none": None, "f": np.float32(.5)}
+    c = (columns(x="u2", y=">u2", t="<i8", p="?") | {"duration_ms": 50., "time_start": np.int64(3),
+                                                     "name": np.str_("seq"), "none": None, "f": np.float32(.5)})
     head = tmp_path / "head.npy"
     np.save(head, np.array(0, dtype=object), allow_pickle=True)
     box = np.empty((), object)
@@ -190,7 +198,8 @@ def test_every_format_gives_the_same_stream(tmp_path):
     for path in names:
         stream = read_events(path)
         assert equal(stream, c), path
-        assert [stream.x.dtype, stream.y.dtype, stream.t.dtype, stream.p.dtype] == [np.int32, np.int32, np.int64, np.uint8]
+        assert [stream.x.dtype, stream.y.dtype, stream.t.dtype,
+                stream.p.dtype] == [np.int32, np.int32, np.int64, np.uint8]
 
 def test_signed_polarity_is_mapped_and_said(tmp_path):
     c = columns()
@@ -276,7 +285,8 @@ def one_line(path, words="", **kw):
     return text
 
 @pytest.mark.parametrize("how", ["system", "eval", "exec"])
-@pytest.mark.parametrize("wrap", [lambda b: b, lambda b: {"x": b}, lambda b: columns() | {"extra": b}, lambda b: columns() | {"extra": [({"deep": b},)]},
+@pytest.mark.parametrize("wrap", [lambda b: b, lambda b: {"x": b}, lambda b: columns() | {"extra": b},
+                                  lambda b: columns() | {"extra": [({"deep": b},)]},
                                   lambda b: columns() | {"p": objects(b)}, lambda b: [b, columns()]])
 def test_pickles_that_would_run_something(tmp_path, how, wrap):
     sentinel, path = tmp_path / "ran", tmp_path / "evil.npy"
@@ -295,12 +305,15 @@ def array(raw, code="u1", shape=None):
     shape = len(raw) if shape is None else shape
     number = b"\x8a" + bytes([9]) + struct.pack("<q", shape) + b"\0"
     code = code.encode()
-    return (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\x01b\x87R(K\x01" + number + b"\x85cnumpy\ndtype\nX" + struct.pack("<I", len(code)) + code
-            + b"\x89\x88\x87R(K\x03X\x01\0\0\0<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89B" + struct.pack("<I", len(raw)) + raw + b"tb")
+    return (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\x01b\x87R(K\x01" + number +
+            b"\x85cnumpy\ndtype\nX" + struct.pack("<I", len(code)) + code
+            + b"\x89\x88\x87R(K\x03X\x01\0\0\0<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89B" +
+            struct.pack("<I", len(raw)) + raw + b"tb")
 
 def test_the_handmade_array_is_sound(tmp_path):
     raw = bytes([0, 1])
-    (tmp_path / "a.npy").write_bytes(HEAD + b"\x80\x03}(" + b"".join(b"X\x01\0\0\0" + k.encode() + array(raw) for k in "xytp") + b"u.")
+    (tmp_path / "a.npy").write_bytes(HEAD + b"\x80\x03}(" +
+                                     b"".join(b"X\x01\0\0\0" + k.encode() + array(raw) for k in "xytp") + b"u.")
     assert read_events(tmp_path / "a.npy").t.tolist() == [0, 1]
 
 @pytest.mark.parametrize("name,body,words", [
@@ -326,8 +339,10 @@ def test_the_handmade_array_is_sound(tmp_path):
     ("huge memo", b"\x80\x03K\x01r\xff\xff\xff\x7f.", "a pickled int"),
     ("huge number", b"\x80\x03I" + b"9" * 5000 + b"\n.", "damaged"),
     ("many steps", b"\x80\x03" + b"N" * 200_000 + b".", "steps"),
-    ("multiplied bytes", b"\x80\x03X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"q\0" + b"c_codecs\nencode\nh\0X\x06\0\0\0latin1\x86R" * 200 + b".", "multiplies"),
-    ("marks only", b"\x80\x03t.", "damaged"), ("nothing", b"", "damaged"), ("a list", b"\x80\x03].", "a pickled list"), ("keys", b"\x80\x03}K\x01K\x02s.", "keys"),
+    ("multiplied bytes", b"\x80\x03X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"q\0" +
+     b"c_codecs\nencode\nh\0X\x06\0\0\0latin1\x86R" * 200 + b".", "multiplies"),
+    ("marks only", b"\x80\x03t.", "damaged"), ("nothing", b"", "damaged"), ("a list", b"\x80\x03].", "a pickled list"),
+    ("keys", b"\x80\x03}K\x01K\x02s.", "keys"),
     ("deep", b"\x80\x03" + b"]" * 40_000 + b"a" * 39_999 + b".", "a pickled list"),
 ])
 def test_crafted_pickles(tmp_path, name, body, words):
@@ -343,12 +358,18 @@ def header(descr, shape, version=b"\x01\x00"):
 FIELDS = "[('x','<u2'),('y','<u2'),('t','<i8'),('p','u1')]"
 
 @pytest.mark.parametrize("content,words", [
-    (b"", "begins with"), (b"\x93NUMPZ" + bytes(50), "begins with"), (b"\x80\x04}.", "begins with"), (b"\x93NUMPY", "damaged"), (b"\x93NUMPY\x09\x00" + bytes(60), "format"),
-    (header(FIELDS, "(10**3,)"), "damaged"), (header(FIELDS, "(1000,)") + bytes(13), "declared"), (header(FIELDS, "(10000000000000,)"), "events declared"),
-    (header(FIELDS, "(-5,)"), ""), (header(FIELDS, "()"), "expected x, y, t, p"), (header("'<i8'", "(4, 4)") + bytes(128), "expected x, y, t, p"),
-    (header("[('x','O')]", "(3,)"), "expected x, y, t, p"), (header("'|O'", "(3,)") + pickle.dumps([1, 2, 3]), "array of objects"),
-    (header("__import__('os').system('true')", "(3,)"), "damaged"), (header("[('x','<u2',(1000000,1000000))]", "(1,)"), ""), (header("'nonsense'", "(1,)"), "damaged"),
-    (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b"{" * 100, "damaged"), (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, ""), (header("[" * 900, "(1,)"), "damaged"),
+    (b"", "begins with"), (b"\x93NUMPZ" + bytes(50), "begins with"), (b"\x80\x04}.", "begins with"),
+    (b"\x93NUMPY", "damaged"), (b"\x93NUMPY\x09\x00" + bytes(60), "format"),
+    (header(FIELDS, "(10**3,)"), "damaged"), (header(FIELDS, "(1000,)") + bytes(13), "declared"),
+    (header(FIELDS, "(10000000000000,)"), "events declared"),
+    (header(FIELDS, "(-5,)"), ""), (header(FIELDS, "()"), "expected x, y, t, p"),
+    (header("'<i8'", "(4, 4)") + bytes(128), "expected x, y, t, p"),
+    (header("[('x','O')]", "(3,)"), "expected x, y, t, p"),
+    (header("'|O'", "(3,)") + pickle.dumps([1, 2, 3]), "array of objects"),
+    (header("__import__('os').system('true')", "(3,)"), "damaged"),
+    (header("[('x','<u2',(1000000,1000000))]", "(1,)"), ""), (header("'nonsense'", "(1,)"), "damaged"),
+    (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b"{" * 100, "damaged"), (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, ""),
+    (header("[" * 900, "(1,)"), "damaged"),
 ])
 def test_crafted_npy(tmp_path, content, words):
     path = tmp_path / "crafted.npy"
@@ -356,7 +377,8 @@ def test_crafted_npy(tmp_path, content, words):
     one_line(path, words)
 
 def test_zip_bombs_and_broken_archives(tmp_path):
-    for name, need in [("bomb", 40 * 2**20), ("lies", None), ("cut", None), ("crc", None), ("objects", None), ("empty", None)]:
+    for name, need in [("bomb", 40 * 2**20), ("lies", None), ("cut", None), ("crc", None), ("objects", None),
+                       ("empty", None)]:
         path = tmp_path / f"{name}.npz"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
             if name == "empty": continue
@@ -370,16 +392,23 @@ def test_zip_bombs_and_broken_archives(tmp_path):
                         if not need: f.write(bytes(range(50)))
         data = path.read_bytes()
         if name == "cut": path.write_bytes(data[:len(data) // 2])
-        if name == "crc": path.write_bytes(data.replace(struct.pack("<L", zipfile.crc32(header("'u1'", "(50,)") + bytes(range(50)))), b"abcd"))
+        if name == "crc":
+            path.write_bytes(data.replace(struct.pack("<L", zipfile.crc32(header("'u1'", "(50,)") + bytes(range(50)))),
+                                          b"abcd"))
         text = one_line(path)
-        assert {"bomb": "zip bomb", "lies": "declared", "cut": "damaged", "crc": "damaged", "objects": "row of numbers", "empty": "no column 'x'"}[name] in text, text
+        assert {"bomb": "zip bomb", "lies": "declared", "cut": "damaged", "crc": "damaged", "objects": "row of numbers",
+                "empty": "no column 'x'"}[name] in text, text
     assert not (tmp_path / "ran").exists()
 
 @pytest.mark.parametrize("change,words", [
-    ({"x": np.zeros(99, int)}, "lengths"), ({"x": np.full(100, -1)}, "0 to 65535"), ({"y": np.full(100, 65536)}, "0 to 65535"), ({"p": np.full(100, 2)}, "polarities"),
-    ({"p": np.arange(100) % 3 - 1}, "polarities"), ({"t": np.arange(100)[::-1]}, "sort=True"), ({"t": np.linspace(0, 1, 100)}, "whole"), ({"t": np.full(100, np.nan)}, "whole"),
-    ({"t": np.full(100, 2**63, "u8")}, "2**62"), ({"x": np.zeros((10, 10), int)}, "row of numbers"), ({"t": np.array(["a"] * 100)}, "row of numbers"), ({"t": None}, "no column 't'"),
-    ({k: np.zeros(0, int) for k in "xytp"}, "no events"), ({"t": (np.arange(100) * 700 % 65536).astype("u2")}, "wrapped"),
+    ({"x": np.zeros(99, int)}, "lengths"), ({"x": np.full(100, -1)}, "0 to 65535"),
+    ({"y": np.full(100, 65536)}, "0 to 65535"), ({"p": np.full(100, 2)}, "polarities"),
+    ({"p": np.arange(100) % 3 - 1}, "polarities"), ({"t": np.arange(100)[::-1]}, "sort=True"),
+    ({"t": np.linspace(0, 1, 100)}, "whole"), ({"t": np.full(100, np.nan)}, "whole"),
+    ({"t": np.full(100, 2**63, "u8")}, "2**62"), ({"x": np.zeros((10, 10), int)}, "row of numbers"),
+    ({"t": np.array(["a"] * 100)}, "row of numbers"), ({"t": None}, "no column 't'"),
+    ({k: np.zeros(0, int) for k in "xytp"}, "no events"),
+    ({"t": (np.arange(100) * 700 % 65536).astype("u2")}, "wrapped"),
 ])
 def test_columns_that_are_no_stream(tmp_path, change, words):
     path = tmp_path / "bad.npz"
@@ -396,9 +425,12 @@ def test_limits_and_names(tmp_path):
     one_line(tmp_path, "no such file")
     with pytest.raises(FeatsdError, match="ends in .npz"): save_events(tmp_path / "a.npy", crowd(3))
 
-@pytest.mark.parametrize("text,words", [("", "no events"), ("1 2 3\n", "damaged"), ("a b c d\n", "damaged"), ("1 2 3 1\n1 2 x 1\n", "damaged"), ("1 2 .5 1\n", "whole"),
-                                        ("x y t p\n", "no events"), ("1 2 nan 1\n", "whole"), ("\0" * 100, "damaged"), ("1,2,3,1\n" + "1," * 10**5, ""),
-                                        ("x,y,t,p" + "," * 10**5 + "\n", "no events"), ("1 2 3 1\n" * 50, "max_events")])
+@pytest.mark.parametrize("text,words", [("", "no events"), ("1 2 3\n", "damaged"), ("a b c d\n", "damaged"),
+                                        ("1 2 3 1\n1 2 x 1\n", "damaged"), ("1 2 .5 1\n", "whole"),
+                                        ("x y t p\n", "no events"), ("1 2 nan 1\n", "whole"), ("\0" * 100, "damaged"),
+                                        ("1,2,3,1\n" + "1," * 10**5, ""),
+                                        ("x,y,t,p" + "," * 10**5 + "\n", "no events"),
+                                        ("1 2 3 1\n" * 50, "max_events")])
 def test_text_that_is_no_stream(tmp_path, text, words):
     (tmp_path / "a.txt").write_text(text)
     one_line(tmp_path / "a.txt", words, max_events=20)
@@ -411,7 +443,8 @@ def test_fuzzed_files_give_a_stream_or_one_line(tmp_path):
     for k in "xytp": fields[k] = c[k]
     np.save(tmp_path / "b.npy", fields)
     np.savez_compressed(tmp_path / "c.npz", **c)
-    (tmp_path / "d.csv").write_text("x,y,t,p\n" + "".join("%d,%d,%d,%d\n" % r for r in zip(*(c[k].tolist() for k in "xytp"), strict=True)))
+    (tmp_path / "d.csv").write_text("x,y,t,p\n" + "".join("%d,%d,%d,%d\n" % r
+                                                          for r in zip(*(c[k].tolist() for k in "xytp"), strict=True)))
     for source in sorted(tmp_path.iterdir()):
         whole, path = source.read_bytes(), tmp_path / f"fuzzed{source.suffix}"
         for _ in range(150):
@@ -436,5 +469,32 @@ def test_representations_agree_with_loops():
         surface[p, y, x] = np.exp(-(stream.t[-1] - t) / 20_000)
         for b in range(4): grid[b, y, x] += (2. * p - 1) * max(0., 1 - abs(3 * (t - stream.t[0]) / span - b))
     np.testing.assert_array_equal(ev.count_image(stream, (9, 11)), counts)
-    np.testing.assert_allclose(ev.voxel_grid(stream, 4, (9, 11)), grid, atol=1e-5)
-    np.testing.assert_allclose(ev.time_surface(stream, 20_000, (9, 11)), surface, atol=1e-6)
+    near(ev.voxel_grid(stream, 4, (9, 11)), grid, len(stream)) # every event may fall on one pixel
+    near(ev.time_surface(stream, 20_000, (9, 11)), surface, 4)
+
+
+# ---- a format from outside
+
+def test_a_format_takes_one_entry(tmp_path, monkeypatch):
+    "A toy format: ten bytes of header, then bytes x, y, t, p of each event"
+    def read_toy(path, f, max_events, window_us):
+        f.seek(10)
+        rows = np.frombuffer(f.read(4 * max_events), np.uint8).reshape(-1, 4)
+        return dict(zip("xytp", rows.T, strict=True)), 1000
+    def write_toy(f, events):
+        rows = np.stack([events.x, events.y, events.t - 1000, events.p], 1)
+        f.write(b"TOY EVENTS" + rows.astype(np.uint8).tobytes())
+    monkeypatch.setattr(ev, "READERS", [*ev.READERS, ev.Format((".toy", ".toys"), b"TOY EVENTS", read_toy, write_toy)])
+    stream = Events(np.array([3, 0]), np.array([1, 2]), np.array([1005, 1007]), np.array([1, 0], np.uint8))
+    save_events(tmp_path/"a.toy", stream)
+    for name in ("a.toy", "A.TOYS"):
+        (tmp_path/name).write_bytes((tmp_path/"a.toy").read_bytes())
+        assert all(np.array_equal(getattr(read_events(tmp_path/name), k), getattr(stream, k)) for k in "xytp")
+    (tmp_path/"b.toy").write_bytes(b"TOY EVENT?" + bytes(8))
+    for name, says in (("b.toy", "expected a .toy file"),
+                       ("a.what", "expected .npy, .npz, .h5, .hdf5, .txt, .csv, .toy, .toys")):
+        if not (tmp_path/name).exists(): (tmp_path/name).write_bytes(b"?")
+        with pytest.raises(FeatsdError) as e: read_events(tmp_path/name)
+        assert says in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(FeatsdError, match="ends in .npz or .toy or .toys"): save_events(tmp_path/"a.npy", stream)
+    assert read_events(tmp_path/"a.toy", window_us=(6, 9)).t.tolist() == [1007]

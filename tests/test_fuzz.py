@@ -12,18 +12,22 @@ import torch
 
 import featsd.commands as commands
 from featsd.adapters import create_adapter, load_any_adapter, load_pretrained, save_checkpoint, save_pretrained
-from featsd.core import read_json
+from featsd.base.core import read_json
 from featsd.data.answers import Answers, read_answers, write_answers
-from featsd.data.clips import LISTING, open_clips, read_questions, read_video
+from featsd.data.clips import LISTING, open_clips, read_questions
+from featsd.data.frames import read_video
 from featsd.data.events import read_events
-from featsd.data.ngram import NGramTable
+from featsd.models.words import NGramTable
 from featsd.data.store import StoreWriter, open_states, verify_store
 from featsd.data.study import pack_study
-from featsd.data.watch import Heartbeat, read_heartbeat
-from featsd.models.backbone import Head, load_pair
+from featsd.base.processes import Heartbeat, read_heartbeat
+from featsd.data.head import Head
+from featsd.models.backbone import load_pair
 from featsd.replay import replay
-from featsd.timeline import curves_of, plan, read_timing, timing_report
-from featsd.train import HiddenAdapterTrainer, find_run, new_adapter, read_result, train_adapter
+from featsd.base.costs import plan
+from featsd.timeline import curves_of, read_timing, timing_report
+from featsd.runs import find_run, read_result
+from featsd.train import HiddenAdapterTrainer, new_adapter, train_adapter
 from test_hostile import refused
 from test_train import make_head, make_store
 
@@ -110,7 +114,7 @@ def sound(tmp_path_factory):
     train, val = open_states(store).split(.3)
     def trainer(): return HiddenAdapterTrainer(new_adapter(1, train.manifest, None, 0), train, val, head=train.head())
     t = trainer()
-    t.fit() if t.num_epochs < 3 else [t.history.setdefault(k, []).append(v) for k, v in (t.train_epoch(1) | t.validate()).items()]
+    t.fit() if t.settings.num_epochs < 3 else [t.history.setdefault(k, []).append(v) for k, v in (t.train_epoch(1) | t.validate()).items()]
     t.save_state(run/"state.pt")
     config = read_json(run/"config.json")
     o = g/"other"

@@ -1,67 +1,121 @@
-"The plan of the house: who may import whom, and that what is exported is what the notebooks say"
+"The plan of the house: base ← data ← models ← story, the story's rooms in the order of their numbers"
 import ast
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT/"featsd"
-FLOOR = {"core"}
-SPINE = ["adapters", "extract", "verify", "train", "metrics", "nulls", "calibration", "timeline", "decode", "drafters", "makers", "assist", "compare", "replay", "report", "explore", "bench"]
-TOP = {"commands", "docs", "__main__"}
+WINGS = ("base", "data", "models") # then the story; each stands on those before it
+NUMBERED = re.compile(r"(\d\d[a-z]?)_(\w+)")
 
 
-def module_name(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(p for p in parts if p != "__init__")
+def told(stem): # what a notebook of the story exports
+    name = NUMBERED.fullmatch(stem)[2]
+    return "__main__" if name == "main" else name
 
 
-def imports_of(path):
-    "featsd modules that a file imports anywhere, also inside functions; the `__main__` guard aside"
-    tree, here = ast.parse(path.read_text(encoding="utf-8")), module_name(path).split(".")
-    guarded = {n for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for n in ast.walk(node)}
-    for node in ast.walk(tree):
-        if node in guarded: continue
-        if isinstance(node, ast.Import):
-            yield from (a.name.removeprefix("featsd.") for a in node.names if a.name.startswith("featsd."))
-        if isinstance(node, ast.ImportFrom):
+def rooms(nbs=ROOT/"nbs")->dict:
+    "module → its place: (0..2, '') in a wing, (3, number) in the story, read from the notebooks' file names"
+    out = {}
+    for p in sorted(nbs.rglob("*.ipynb")):
+        folder = p.parent.relative_to(nbs).as_posix()
+        if folder in WINGS: out[f"{folder}.{p.stem}"] = (WINGS.index(folder), "")
+        elif folder == "." and NUMBERED.fullmatch(p.stem): out[told(p.stem)] = (3, p.stem.split("_")[0])
+    return out
+
+
+def imported(source, here, names):
+    "featsd modules that a text imports anywhere: in functions, in guards, under `if`"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): found = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            if node.level: base = ".".join(["featsd", *here[:len(here) - node.level], *([base] if base else [])])
-            if base == "featsd": yield from (a.name for a in node.names)
-            elif base in ("featsd.data", "featsd.models"): yield from (f"{base.removeprefix('featsd.')}.{a.name}" for a in node.names)
-            elif base.startswith("featsd."): yield base.removeprefix("featsd.")
+            if node.level: base = ".".join(["featsd", *here.split(".")[:-node.level], *([base] if base else [])])
+            found = [base if base.removeprefix("featsd.") in names else f"{base}.{a.name}" for a in node.names]
+        else: continue
+        yield from (f.removeprefix("featsd.") for f in found if f.startswith("featsd."))
 
 
-def allowed(name, imported):
-    wing = lambda m: m.startswith(("data.", "models."))
-    if name in TOP: return True
-    if name == "adapters" or name in FLOOR: return False
-    if imported in FLOOR or wing(imported): return True
-    if wing(name) or name not in SPINE or imported not in SPINE: return False
-    return SPINE.index(imported) < SPINE.index(name)
+def cells(path):
+    "the code cells of a notebook that are run, each as a text"
+    for c in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if c["cell_type"] == "code":
+            lines = "".join(c["source"]).splitlines()
+            yield "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in lines)
 
 
-MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.stem not in ("_modidx",)]
+def back_arrows(nbs=ROOT/"nbs", package=ROOT/"featsd")->list:
+    "Imports that the rule forbids, of modules (all imports) and of lessons (visible and hidden cells alike)"
+    names, wrong = rooms(nbs), []
+    texts = [(m, (package/f"{m.replace('.', '/')}.py").read_text(encoding="utf-8"), False) for m in names]
+    for p in sorted(nbs.rglob("*.ipynb")):
+        m = f"{p.parent.name}.{p.stem}" if p.parent != nbs else told(p.stem) if NUMBERED.fullmatch(p.stem) else p.stem
+        if m in names: texts += [(m, c, True) for c in cells(p)]
+    for here, text, lesson in texts:
+        for there in imported(text, here, names):
+            if there not in names:
+                if there != "__version__": wrong.append(f"{here} → {there}: no such room")
+            elif there != here and (names[there][0] > names[here][0] or names[there] >= names[here] > (3,)):
+                wrong.append(f"{here} → {there}" + " in a cell" * lesson)
+    return sorted(set(wrong))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_no_room_reaches_back(path):
-    name = module_name(path)
-    wrong = [m for m in imports_of(path) if m.split(".")[0] != "__version__" and not allowed(name, m)]
-    assert not wrong, f"featsd.{name} imports {wrong}"
+def circles(package=ROOT/"featsd", names=None)->list:
+    "Rooms from which imports lead back to themselves"
+    names = names or rooms()
+    texts = {m: (package/f"{m.replace('.', '/')}.py").read_text(encoding="utf-8") for m in names}
+    goes = {m: set(imported(text, m, names)) & set(names) - {m} for m, text in texts.items()}
+    def reach(m):
+        seen, todo = set(), [m]
+        while todo:
+            for n in goes[todo.pop()] - seen: seen.add(n); todo.append(n)
+        return seen
+    return sorted(m for m in goes if m in reach(m))
 
 
-def test_the_rule_finds_a_breach(tmp_path):
-    assert not allowed("data.store", "train") and not allowed("adapters", "core") and not allowed("train", "report")
-    assert allowed("report", "metrics") and allowed("metrics", "data.store")
+def test_one_arrow(): assert not back_arrows()
+def test_no_circle(): assert not circles()
 
 
-def test_every_room_is_known():
-    rooms = {module_name(p) for p in PACKAGE.glob("*.py")} - {"", "_modidx"}
-    assert rooms <= set(SPINE) | FLOOR | TOP, "a new room: give it its place in this test and in the README's house"
+def test_every_module_has_its_notebook():
+    there = [p.relative_to(ROOT/"featsd").with_suffix("").parts for p in (ROOT/"featsd").rglob("*.py")]
+    assert {".".join(parts) for parts in there if parts[-1] not in ("__init__", "_modidx")} == set(rooms())
 
 
-def test_modules_are_short():
-    "A module over 500 lines of code is two modules"
-    long = {module_name(p): n for p in MODULES if (n := sum(1 for line in p.read_text().splitlines() if line.strip())) > 600}
-    assert not long, long
+@pytest.fixture
+def house(tmp_path):
+    "A house of three rooms, each a module with its notebook"
+    def build(**text):
+        nbs, package = tmp_path/"nbs", tmp_path/"featsd"
+        plain = {"base/core": "x = 1", "01_extract": "import featsd.base.core",
+                 "02_train": "from featsd.base.core import x"}
+        for place, source in (plain | text).items():
+            (nbs/place).parent.mkdir(parents=True, exist_ok=True)
+            name = place.split("_", 1)[1] if "_" in place else place
+            (package/name).parent.mkdir(parents=True, exist_ok=True)
+            (package/f"{name}.py").write_text(source)
+            (nbs/f"{place}.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "source": source}]}))
+        return nbs, package
+    return build
+
+
+@pytest.mark.parametrize("text", [
+    "from featsd.train import x", "import featsd.train", "from featsd import train", "from .train import x",
+    "from . import train",
+    "def f():\n    from featsd.train import x", "if __name__ == '__main__':\n    import featsd.train as t",
+    "try: from featsd.train import x\nexcept ImportError: pass"])
+def test_a_planted_back_arrow_is_found(house, text):
+    assert back_arrows(*house()) == []
+    assert back_arrows(*house(**{"01_extract": text}))[0].startswith("extract → train")
+
+
+def test_a_lesson_s_arrow_a_wing_s_arrow_and_a_circle_are_found(house):
+    nbs, package = house()
+    cell = {"cell_type": "code", "source": ["%matplotlib inline\n", "from featsd.train import x"]}
+    (nbs/"01_extract.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert back_arrows(nbs, package) == ["extract → train in a cell"]
+    nbs, package = house(**{"base/core": "from featsd.extract import x"})
+    assert back_arrows(nbs, package)[0].startswith("base.core → extract")
+    assert circles(package, rooms(nbs)) == ["base.core", "extract"]

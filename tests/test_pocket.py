@@ -3,12 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from featsd.data.answers import NGramTable, agreement, tau, top1
-from featsd.data.world import QUESTIONS, PocketClips
+from featsd.data.answers import agreement, tau, top1
+from featsd.models.words import NGramTable
+from featsd.data.world import PocketClips, QUESTIONS
 from featsd.models.backbone import load_pair
-from featsd.models.pocket import Bar, look, record, token_accuracy
+from featsd.models.pocket import TrainingBar, record_clips, see_all, token_accuracy
 
-# On the real answers, first half fits, second half tests (`explore/real_answers.ipynb` computes them).
+# On the real answers, first half fits, second half tests (`nbs/lab/real_answers.ipynb` computes them).
 REAL_TOP1, REAL_TAU = .68, {3: 2.34, 5: 2.60, 8: 2.86}
 
 
@@ -28,8 +29,8 @@ def test_weights_fit_the_package(pair):
 @pytest.mark.parametrize("role,floor", [("target", .95), ("draft", .93)])
 def test_held_out_token_accuracy(pair, role, floor):
     model = getattr(pair, role)
-    images, _, scenes = record(model.sensor, PocketClips("test", 60), Bar("", quiet=True))
-    accuracy = token_accuracy(model, look(model.tower, images), scenes)
+    images, _, scenes = record_clips(model.sensor, PocketClips("test", 60), TrainingBar("", quiet=True))
+    accuracy = token_accuracy(model, see_all(model.tower, images), scenes)
     print(role, accuracy)
     assert accuracy["all"] >= floor
 
@@ -38,7 +39,8 @@ def answers_of(model, question, n, split="train", batch=100):
     "Greedy answers of a model to one question on n clips"
     clips, out = PocketClips(split, n), []
     for start in range(0, n, batch):
-        out += [a.ids.tolist() for a in model.generate([model.encode(clips[i], question) for i in range(start, min(start + batch, n))])]
+        some = range(start, min(start + batch, n))
+        out += [a.ids.tolist() for a in model.generate([model.encode(clips[i], question) for i in some])]
     return out
 
 
@@ -86,7 +88,7 @@ def test_quantised_pairs_answer(quant):
 
 
 def test_second_sensor_is_worth_its_points(pair, tmp_path):
-    "The aligned draft beats the same draft with another clip's events by 10 points of token top-1, and words alone by 8"
+    "The aligned draft beats itself with another clip's events by 10 points of token top-1, and words alone by 8"
     from featsd.data.store import open_states
     from featsd.extract import extract
     from featsd.nulls import measure

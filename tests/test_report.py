@@ -1,11 +1,14 @@
 "The page that a reader opens: offline, and inert whatever an answer contains"
+import json
 import re
 
 import numpy as np
+import pytest
 
-from featsd.data.figures import write_html
+from featsd.base.core import FeatsdError
+from featsd.base.figures import write_html
 from featsd.nulls import word_row
-from featsd.report import short_table, write_report
+from featsd.report import draw_figures, kept_rows, short_table, write_report
 
 HOSTILE = "</pre><script>document.title='taken'</script><img src=https://example.com/x onerror=alert(1)>"
 
@@ -19,8 +22,27 @@ def test_hostile_text_is_inert(tmp_path):
 
 def test_report_asks_no_network(tmp_path):
     row = word_row("n-gram table", [np.ones(5, bool)], ["a"], 20)
-    result = {"verdict": HOSTILE, "decoding": "-", "intervals": "-", "levels": "-", "stages": "-", "calibration": "-", "table": short_table([row])}
+    others = dict.fromkeys(("decoding", "intervals", "levels", "stages", "calibration"), "-")
+    result = {"verdict": HOSTILE, "table": str(short_table(kept_rows([row])))} | others
     write_report(tmp_path, result, {}, "-")
     page = (tmp_path/"report.html").read_text()
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page)
     assert "<script>document" not in page and (tmp_path/"report.md").exists() and (tmp_path/"demo.json").exists()
+
+
+PICTURE = {"kind": "chart", "data": {"title": "t", "panels": [{"title": "", "series": []}]}}
+
+SERIES = [{"name": 1, "x": 2, "y": 3}]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[]", "expected an object of pictures, found list"), ('{"../../a": {}}', "picture '../../a'"),
+    ("{", "expected JSON"), ('{"a": {"kind": "pie", "data": {}}}', "picture a"), ('{"a": []}', "picture a"),
+    ('{"a": {"kind": "chart"}}', "picture a"),
+    (json.dumps({"a": PICTURE | {"data": {"title": "t", "panels": [{"title": "", "series": SERIES}]}}}), "picture a"),
+    (json.dumps({"a": PICTURE | {"data": {"title": "t", "panels": []}}}), "picture a")])
+def test_a_broken_file_of_pictures_is_one_line(tmp_path, text, says):
+    (tmp_path/"pictures.json").write_text(text)
+    with pytest.raises(FeatsdError, match=re.escape(says)) as e: draw_figures(tmp_path)
+    assert "featsd_demo" in str(e.value) or "make the file again" in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures.json"]

@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patience import HANG
 from torch import nn
 
-from featsd.core import FeatsdError
-from featsd.data.chunk import agreement, chunk_file, pack_chunk, write_tensors
-from featsd.data.store import PairStates, StoreError, StoreLock, StoreWriter, check_head, expected_bytes, open_states, rebuild_index, verify_store
+from featsd.base.core import FeatsdError
+from featsd.data.chunk import chunk_file, expected_bytes, head_agreement, pack_chunk, write_tensors
+from featsd.data.chunk import PairStates, StoreError
+from featsd.data.store import (
+    StoreLock, StoreWriter, check_states, open_states, rebuild_index, verify_store)
 from featsd.data.study import load_pt, pack_study
-from featsd.models.backbone import Head, RMSNorm
+from featsd.data.head import Head, RMSNorm
 
 TOTAL, SIZE = 23, 4
 SETTINGS = dict(target_model="t", draft_model="d", generation=dict(max_new_tokens=12))
@@ -50,7 +53,8 @@ def pair(k, streams=ALL[:3], sequence=""):
         elif name == "draft_free": s[name] = sure(n["draft"], DRAFT)
         else: s[name] = torch.randn(n["target"], 12, generator=g)
     ids = HEAD.logits(s["target"]).argmax(-1).numpy(), DRAFT.logits(s["draft_free"]).argmax(-1).numpy()
-    return PairStates(f"clip{k // 5}", k % 5, f"which {k % 5}?", *ids, f"target {k}", f"draft ü {k}", np.ones(n["target"]), np.ones(n["draft"]), s, sequence)
+    return PairStates(f"clip{k // 5}", k % 5, f"which {k % 5}?", *ids, f"target {k}", f"draft ü {k}",
+                      np.ones(n["target"]), np.ones(n["draft"]), s, sequence)
 
 
 def writer(path, **kw):
@@ -65,7 +69,9 @@ def fill(path, total=TOTAL, full=False, **kw):
     return todo
 
 
-def files(path): return {p.relative_to(path).as_posix(): p.read_bytes() for p in Path(path).rglob("*") if p.is_file() and p.name != ".lock"}
+def files(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in Path(path).rglob("*") if p.is_file() and
+            p.name != ".lock"}
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +89,21 @@ def store(whole, tmp_path):
 
 # ---- what goes in comes out
 
-@pytest.mark.parametrize("dtype,cast", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", None)])
+@pytest.mark.parametrize("dtype,cast", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16),
+                                        ("fp8", None)])
 def test_round_trip(tmp_path, dtype, cast):
     fill(tmp_path, manifest=SETTINGS | dict(dtype=dtype, streams=list(ALL)))
     states = open_states(tmp_path)
-    assert len(states) == TOTAL and states.manifest["head_hash"] == HEAD.hash and states.manifest["state_point"] == "post_final_norm"
+    assert len(states) == TOTAL and states.manifest["head_hash"] == HEAD.hash
+    assert states.manifest["state_point"] == "post_final_norm"
     for stream in ALL[1:]:
         seen = []
         for b in states.batches(stream, batch_pairs=5):
             for r, i in enumerate(b.index):
                 p, n = pair(i, ALL), int(b.mask[r].sum())
                 assert n == (len(p.target_ids) if stream != "draft_free" else min(len(p.target_ids), len(p.draft_ids)))
-                assert b.mask[r, :n].all() and (b.ids[r, :n].numpy() == p.target_ids[:n]).all() and (b.ids[r, n:] == -1).all()
+                assert b.mask[r, :n].all() and (b.ids[r, :n].numpy() == p.target_ids[:n]).all()
+                assert (b.ids[r, n:] == -1).all()
                 for got, h in ((b.h_draft, p.streams[stream]), (b.h_target, p.streams["target"])):
                     if cast: assert torch.equal(got[r, :n], h[:n].to(cast).float())
                     else: assert (got[r, :n] - h[:n]).norm() < .05 * h[:n].norm()
@@ -102,11 +111,13 @@ def test_round_trip(tmp_path, dtype, cast):
             seen += b.index
         assert seen == list(range(TOTAL))
     p, i = pair(7, ALL), states.pairs[7]
-    assert (i.clip_id, i.question_idx, i.question, i.target_text, i.draft_text) == (p.clip_id, p.question_idx, p.question, p.target_text, p.draft_text)
-    assert (states.draft_ids(7) == p.draft_ids).all() and states.target_ids(7).dtype == np.int64 and (states.target_margins(7) == 1).all()
+    assert (i.clip_id, i.question_idx, i.question, i.target_text,
+            i.draft_text) == (p.clip_id, p.question_idx, p.question, p.target_text, p.draft_text)
+    assert (states.draft_ids(7) == p.draft_ids).all() and states.target_ids(7).dtype == np.int64
+    assert (states.target_margins(7) == 1).all()
     head = states.head()
     assert head.hash == HEAD.hash and torch.equal(head.logits(p.streams["target"]), HEAD.logits(p.streams["target"]))
-    assert check_head(states, head)
+    assert check_states(states, head)
 
 
 def test_shuffle_is_seeded_complete_and_batches_are_full(whole):
@@ -155,18 +166,22 @@ def test_split_by_clip_and_by_sequence(whole, tmp_path):
     with pytest.raises(StoreError, match="val_split"): states.split(1.)
     with pytest.raises(StoreError, match="two clips"): states.subset([0, 1]).split()
     with writer(tmp_path) as w: # clips 0..3 were cut from two recordings
-        for start, stop in w.missing(20): w.write_chunk(start, [pair(k, sequence=f"seq{k // 10}") for k in range(start, stop)])
+        for start, stop in w.missing(20):
+            w.write_chunk(start, [pair(k, sequence=f"seq{k // 10}") for k in range(start, stop)])
     for seed in range(4):
         train, val = open_states(tmp_path).split(.1, seed)
         assert {p.sequence for p in train.pairs}.isdisjoint({p.sequence for p in val.pairs}) and len(val) == 10
 
 
 def test_expected_bytes(tmp_path):
-    for i, (D, T, dtype, streams) in enumerate(((512, 40, "bf16", ALL[:3]), (1024, 25, "fp32", ALL), (1024, 50, "fp8", ALL[:3]))):
+    for i, (D, T, dtype, streams) in enumerate(((512, 40, "bf16", ALL[:3]), (1024, 25, "fp32", ALL),
+                                                (1024, 50, "fp8", ALL[:3]))):
         text, h = "a word or " * 23, torch.randn(T, D)
-        pairs = [PairStates(f"clip{k}", 0, "What is seen in this clip?", np.arange(T), np.arange(T), text[:int(4.6*T)], text[:int(4.6*T)], np.ones(T), np.ones(T),
+        pairs = [PairStates(f"clip{k}", 0, "What is seen in this clip?", np.arange(T), np.arange(T), text[:int(4.6*T)],
+                            text[:int(4.6*T)], np.ones(T), np.ones(T),
                             dict.fromkeys(streams, h)) for k in range(30)]
-        with StoreWriter(tmp_path/str(i), dict(target_dim=D, draft_dim=D, dtype=dtype, streams=list(streams)), chunk_size=20) as w:
+        with StoreWriter(tmp_path/str(i), dict(target_dim=D, draft_dim=D, dtype=dtype, streams=list(streams)),
+                         chunk_size=20) as w:
             for a, b in w.missing(30): w.write_chunk(a, pairs[a:b])
         size = sum(len(b) for k, b in files(tmp_path/str(i)).items())
         assert abs(expected_bytes(30, T, D, dtype, streams, chunk_size=20) / size - 1) < .01
@@ -191,15 +206,20 @@ def test_a_longer_plan_extends_the_last_chunk(whole, tmp_path):
 
 def test_settings_decide_and_the_rest_does_not(store):
     fill(store, manifest=SETTINGS | dict(argv=["x"], versions={"torch": "0"}))
-    for change, old, new in ((dict(generation=dict(max_new_tokens=50)), "generation.max_new_tokens = 12", "generation.max_new_tokens = 50"),
-                             (dict(dtype="fp32"), "dtype = 'bf16'", "dtype = 'fp32'"), (dict(questions=["a"]), "questions = None", "['a']")):
+    for change, old, new in ((dict(generation=dict(max_new_tokens=50)), "generation.max_new_tokens = 12",
+                              "generation.max_new_tokens = 50"),
+                             (dict(dtype="fp32"), "dtype = 'bf16'", "dtype = 'fp32'"),
+                             (dict(questions=["a"]), "questions = None", "['a']")):
         with pytest.raises(StoreError) as e: writer(store, manifest=SETTINGS | change)
-        assert old in str(e.value) and new in str(e.value) and "manifest.json" in str(e.value) and "\n" not in str(e.value)
+        assert old in str(e.value) and new in str(e.value) and "manifest.json" in str(e.value)
+        assert "\n" not in str(e.value)
     with pytest.raises(StoreError, match="chunk_size"): writer(store, chunk_size=5)
     with pytest.raises(StoreError, match="head_hash"): writer(store, head=make_head(seed=9))
-    with pytest.raises(StoreError, match="streams"): writer(store.parent/"new", manifest=SETTINGS | dict(streams=["target", "up"]))
+    with pytest.raises(StoreError, match="streams"):
+        writer(store.parent/"new", manifest=SETTINGS | dict(streams=["target", "up"]))
     with writer(store.parent/"b", manifest=SETTINGS | dict(dtype="fp32")): pass
-    with writer(store.parent/"b", manifest=SETTINGS): pass # nothing was written under the first settings, so nothing is lost
+    # nothing was written under the first settings, so nothing is lost
+    with writer(store.parent/"b", manifest=SETTINGS): pass
 
 
 # ---- killed at any instant
@@ -246,7 +266,8 @@ while True:
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     resumes += 1
-    for f in (*t.Path(path).glob("chunks/*.safetensors"), *t.Path(path).glob("head.safetensors")): # whole under its name, or not there
+    # whole under its name, or not there
+    for f in (*t.Path(path).glob("chunks/*.safetensors"), *t.Path(path).glob("head.safetensors")):
         with safe_open(f, "pt"): pass
     for f in t.Path(path).rglob("*.json"): json.loads(f.read_text())
     if os.WIFSIGNALED(status): kills += 1
@@ -262,15 +283,18 @@ def test_sigkill_then_resume_gives_the_same_bytes(whole, tmp_path):
     script = tmp_path/"kill.py"
     script.write_text(KILL)
     loop = "import runpy, sys, shutil\n" # one interpreter for all rounds: the import costs more than the round
-    loop += "for s in range(8):\n sys.argv = ['kill', f'{sys.argv[1].rsplit(\"/\", 1)[0]}/r{s}', str(s)]\n runpy.run_path(%r)\n" % str(script)
-    r = subprocess.run([sys.executable, "-c", loop, f"{tmp_path}/x"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    loop += ("for s in range(8):\n sys.argv = ['kill', f'{sys.argv[1].rsplit(\"/\", 1)[0]}/r{s}', "
+             "str(s)]\n runpy.run_path(%r)\n" % str(script))
+    r = subprocess.run([sys.executable, "-c", loop, f"{tmp_path}/x"], capture_output=True, text=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=HANG)
     assert r.returncode == 0, r.stdout + r.stderr
     kills = sum(map(int, r.stdout.split()))
     assert kills >= 10
     for s in range(8): assert files(tmp_path/f"r{s}") == files(whole)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "no sidecar", "no tensors", "sidecar garbage", "stale index", "left over"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "no sidecar", "no tensors", "sidecar garbage", "stale index",
+                                  "left over"])
 def test_damage_is_healed_by_resuming(whole, store, harm):
     f, side = chunk_file(store, 8), chunk_file(store, 8, "json")
     if harm == "truncated": os.truncate(f, 700)
@@ -292,7 +316,8 @@ def test_damage_is_healed_by_resuming(whole, store, harm):
     assert fill(store, full=harm == "flipped") == ([] if harm in ("stale index", "left over") else [(8, 12)])
     assert files(store) == files(whole)
     verify_store(again, repair=True) # the other way: drop what is wrong, then a plain resume
-    assert {v for f, v in verify_store(again)} <= {"ok"} | {v for f, v in verify_store(again) if v.startswith("missing: pairs 8 to 11")}
+    assert ({v for f, v in verify_store(again)} <= {"ok"} |
+            {v for f, v in verify_store(again) if v.startswith("missing: pairs 8 to 11")})
     fill(again)
     assert files(again) == files(whole)
 
@@ -317,7 +342,8 @@ def test_repair_drops_nothing_that_it_cannot_judge(whole, store, monkeypatch):
     edit(store, target_dim=17)
     assert all("check manifest.json" in v for f, v in verify_store(store, repair=True) if f.startswith("chunks/"))
     edit(store, target_dim=16)
-    assert {k: v for k, v in files(store).items() if k.startswith("chunks")} == {k: v for k, v in files(whole).items() if k.startswith("chunks")}
+    assert {k: v for k, v in files(store).items() if k.startswith("chunks")} == {k: v for k, v in files(whole).items()
+                                                                                 if k.startswith("chunks")}
 
 
 def test_verify_sees_the_hole_behind_a_short_chunk_and_says_what_was_skipped(tmp_path):
@@ -334,7 +360,7 @@ def test_file_size_limit_leaves_a_valid_store(tmp_path):
     code = ("import sys, resource; sys.path.insert(0, 'tests'); import test_store as t\n"
             "t.fill(sys.argv[1], 8); resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))\n"
             "try: t.fill(sys.argv[1])\nexcept t.StoreError as e: print(e)")
-    r = subprocess.run([sys.executable, "-c", code, str(tmp_path/"s")], capture_output=True, text=True, timeout=60)
+    r = subprocess.run([sys.executable, "-c", code, str(tmp_path/"s")], capture_output=True, text=True, timeout=HANG)
     assert r.returncode == 0, r.stderr
     assert "chunk_000008.safetensors: could not be written (File too large)" in r.stdout and r.stdout.count("\n") == 1
     assert not list((tmp_path/"s").rglob("*.tmp")) and len(open_states(tmp_path/"s")) == 8
@@ -371,11 +397,13 @@ def test_a_full_disk_keeps_the_chunk_that_was_to_be_extended(tmp_path, monkeypat
 
 # ---- one writer
 
-HOLD = "import sys, time; sys.path.insert(0, 'tests'); import test_store as t; w = t.writer(sys.argv[1], group=sys.argv[2] or None); print('held', flush=True); time.sleep(60)"
+HOLD = ("import sys; sys.path.insert(0, 'tests'); import test_store as t; w = t.writer(sys.argv[1], group=sys.argv[2] "
+        "or None); print('held', flush=True); sys.stdin.read()")
 
 
 def hold(path, group=""):
-    p = subprocess.Popen([sys.executable, "-c", HOLD, str(path), group], stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-c", HOLD, str(path), group], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         text=True)
     assert p.stdout.readline() == "held\n"
     return p
 
@@ -407,7 +435,8 @@ def test_processes_of_one_launch_share_the_store(tmp_path):
 def prenorm(h): return h * torch.linspace(.2, 3, h.shape[-1]) + 1
 
 @pytest.mark.parametrize("stream", ["target", "draft_free"])
-@pytest.mark.parametrize("mutate,says", [(lambda h: h.roll(1, 0), "off by one"), (lambda h: h.roll(-1, 0), "off by one"), (prenorm, "before the final norm"),
+@pytest.mark.parametrize("mutate,says", [(lambda h: h.roll(1, 0), "off by one"),
+                                         (lambda h: h.roll(-1, 0), "off by one"), (prenorm, "before the final norm"),
                                          (lambda h: h.index_fill(0, torch.tensor([1]), float("nan")), "finite"),
                                          (lambda h: h.index_fill(0, torch.tensor([1]), float("inf")), "finite"),
                                          (lambda h: h[1:], "one row a token"), (lambda h: h[:, 1:], "shape")])
@@ -420,12 +449,15 @@ def test_mutants_die(store, stream, mutate, says):
 
 
 def test_one_wrong_row_in_a_thousand_is_the_limit():
-    m = dict(dtype="fp32", streams=list(ALL[:3]), target_dim=16, draft_dim=12, vocab_size=50, tie=1e-3, min_agreement=.999)
+    m = dict(dtype="fp32", streams=list(ALL[:3]), target_dim=16, draft_dim=12, vocab_size=50, tie=1e-3,
+             min_agreement=.999)
     pairs = [pair(k) for k in range(300)]
     rows = sum(len(p.target_ids) for p in pairs)
     assert 2000 < rows < 3000
     for wrong, passes in ((2, True), (3, False)):
-        for p in pairs[:wrong]: p.target_ids = np.concatenate([(p.target_ids[:1] + 1) % 50, pair(int(p.target_text.split()[1])).target_ids[1:]])
+        for p in pairs[:wrong]:
+            p.target_ids = np.concatenate([(p.target_ids[:1] + 1) % 50,
+                                           pair(int(p.target_text.split()[1])).target_ids[1:]])
         if passes: assert pack_chunk(pairs, m, HEAD, DRAFT)[1]["target"]["agree"] == rows - wrong
         else:
             with pytest.raises(StoreError, match=f"99.8.% of {rows}"): pack_chunk(pairs, m, HEAD, DRAFT)
@@ -437,8 +469,8 @@ def test_rounding_is_counted_not_refused():
     with torch.no_grad(): head.lm_head.weight.copy_(torch.eye(2))
     h = torch.tensor([[1.001, 1.]]).repeat(4, 1) + torch.tensor([[0., 0], [0, .5], [.5, 0], [0, .0025]])
     ids = h.argmax(-1)
-    assert agreement(h, ids, head) == dict(rows=4, exact=4, agree=4)
-    assert agreement(h, 1 - ids, head, tie=1.6e-3) == dict(rows=4, exact=0, agree=2) # within the tie: rows 0 and 3
+    assert head_agreement(h, ids, head) == dict(rows=4, exact=4, agree=4)
+    assert head_agreement(h, 1 - ids, head, tie=1.6e-3) == dict(rows=4, exact=0, agree=2) # within the tie: rows 0 and 3
     m = dict(dtype="bf16", streams=["target"], target_dim=2, draft_dim=2, vocab_size=2, tie=0., min_agreement=.999)
     p = PairStates("c", 0, "q", ids.numpy(), np.zeros(0, np.int64), "", "", np.ones(4), np.zeros(0), {"target": h})
     assert pack_chunk([p], m, head)[1]["target"] == dict(rows=4, exact=4, agree=4, stored_exact=3)
@@ -447,7 +479,9 @@ def test_rounding_is_counted_not_refused():
 def test_fp16_overflow_is_refused(tmp_path):
     p = pair(0)
     p.streams["draft_forced"] = p.streams["draft_forced"] * 1e6
-    with writer(tmp_path, manifest=SETTINGS | dict(dtype="fp16")) as w, pytest.raises(StoreError, match="once stored as fp16"): w.write_chunk(0, [p])
+    with writer(tmp_path, manifest=SETTINGS | dict(dtype="fp16")) as w, pytest.raises(StoreError,
+                                                                                      match="once stored as fp16"):
+        w.write_chunk(0, [p])
 
 
 def test_skipped_clips_and_empty_chunks(tmp_path):
@@ -459,7 +493,8 @@ def test_skipped_clips_and_empty_chunks(tmp_path):
     states = open_states(tmp_path)
     assert len(states) == 1 and states.pairs[0].target_text == "target 5"
     assert json.loads((tmp_path/"index.json").read_text())["skipped"] == 2
-    assert json.loads(chunk_file(tmp_path, 0, "json").read_text())["skipped"] == [{"clip_id": "clip0", "reason": "no events"}]
+    assert json.loads(chunk_file(tmp_path, 0, "json").read_text())["skipped"] == [{"clip_id": "clip0",
+                                                                                   "reason": "no events"}]
 
 
 # ---- reading what may be broken or hostile
@@ -482,7 +517,8 @@ def test_nan_rows_are_masked_and_counted(store):
         batches = list(states.batches("draft_forced"))
         assert states.nan_rows == 3
     b = batches[0]
-    assert torch.isfinite(b.h_draft).all() and torch.isfinite(b.h_target).all() and not b.mask[0, [0, 3, 4]].any() and b.mask[0, [1, 2]].all()
+    assert torch.isfinite(b.h_draft).all() and torch.isfinite(b.h_target).all() and not b.mask[0, [0, 3, 4]].any()
+    assert b.mask[0, [1, 2]].all()
     assert sum(int(b.mask.sum()) for b in batches) == sum(p.n_target for p in states.pairs) - 3
     assert [f for f, v in verify_store(store) if "finite" in v] == ["chunks/chunk_000000.safetensors"]
 
@@ -496,14 +532,19 @@ def test_large_finite_rows_are_not_mistaken_for_nan(tmp_path):
 
 
 @pytest.mark.parametrize("harm,says", [
-    (lambda s: (s/"manifest.json").write_text("[]"), "JSON object"), (lambda s: (s/"manifest.json").write_text("{"), "expected JSON"),
-    (lambda s: edit(s, target_dim=17), r"expected target BF16 \[\d+, 17\], found BF16 \[\d+, 16\]"), (lambda s: edit(s, schema=9), "schema 1"),
-    (lambda s: edit(s, dtype="fp32"), "F32"), (lambda s: edit(s, dtype=["bf16"]), "dtype"), (lambda s: edit(s, streams=["target", "draft_wrong"]), "draft_wrong"),
+    (lambda s: (s/"manifest.json").write_text("[]"), "JSON object"),
+    (lambda s: (s/"manifest.json").write_text("{"), "expected JSON"),
+    (lambda s: edit(s, target_dim=17), r"expected target BF16 \[\d+, 17\], found BF16 \[\d+, 16\]"),
+    (lambda s: edit(s, schema=9), "schema 1"),
+    (lambda s: edit(s, dtype="fp32"), "F32"), (lambda s: edit(s, dtype=["bf16"]), "dtype"),
+    (lambda s: edit(s, streams=["target", "draft_wrong"]), "draft_wrong"),
     (lambda s: edit(s, chunk_size=-1), "chunk_size"), (lambda s: edit(s, vocab_size="many"), "vocab_size"),
     (lambda s: [p.unlink() for p in (s/"chunks").iterdir()], "expected stored pairs"),
     (lambda s: rewrite(s, 0, lambda t: t.pop("draft_ids")), "draft_ids"),
-    (lambda s: rewrite(s, 0, lambda t: t.update(target_offsets=t["target_offsets"].flip(0).contiguous())), "offsets disagree"),
-    (lambda s: relink(chunk_file(s, 4)), "link that leaves"), (lambda s: relink(chunk_file(s, 4, "json")), "link that leaves")])
+    (lambda s: rewrite(s, 0, lambda t: t.update(target_offsets=t["target_offsets"].flip(0).contiguous())),
+     "offsets disagree"),
+    (lambda s: relink(chunk_file(s, 4)), "link that leaves"),
+    (lambda s: relink(chunk_file(s, 4, "json")), "link that leaves")])
 def test_one_line_errors(store, harm, says):
     harm(store)
     with pytest.raises(StoreError, match=says) as e: open_states(store)
@@ -519,9 +560,9 @@ def test_missing_folders_heads_and_ids(store, tmp_path):
         (tmp_path/"empty").mkdir(exist_ok=True)
         with pytest.raises(StoreError, match=p.name): open_states(p)
     states = open_states(store)
-    with pytest.raises(StoreError) as e: check_head(states, make_head(seed=5))
+    with pytest.raises(StoreError) as e: check_states(states, make_head(seed=5))
     assert HEAD.hash in str(e.value) and make_head(seed=5).hash in str(e.value)
-    with pytest.raises(StoreError, match="width 8"): check_head(states, make_head(dim=8))
+    with pytest.raises(StoreError, match="width 8"): check_states(states, make_head(dim=8))
     with pytest.raises(StoreError, match="draft_wrong"): next(states.batches("draft_wrong"))
     rewrite(store, 0, lambda t: t["target_ids"].fill_(50))
     with pytest.raises(StoreError, match="0..49, found 0..50"): open_states(store).target_ids(0)
@@ -535,8 +576,11 @@ def test_missing_folders_heads_and_ids(store, tmp_path):
 def test_names_are_never_read_from_a_file(store):
     side = chunk_file(store, 4, "json")
     d = json.loads(side.read_text())
-    for bad in (d | dict(start=0), d | dict(stop=2), d | dict(bytes="9"), d | dict(pairs=d["pairs"] * 9), d | dict(pairs=[d["pairs"][0] | dict(n_target=-1)]),
-                d | dict(pairs=[d["pairs"][0] | dict(n_target=True)]), d | dict(pairs=[d["pairs"][0] | dict(clip_id=["../x"])]), d | dict(skipped=None), d | dict(skipped=["clip1"]), d | dict(skipped=[{"clip_id": 1}])):
+    for bad in (d | dict(start=0), d | dict(stop=2), d | dict(bytes="9"), d | dict(pairs=d["pairs"] * 9),
+                d | dict(pairs=[d["pairs"][0] | dict(n_target=-1)]),
+                d | dict(pairs=[d["pairs"][0] | dict(n_target=True)]),
+                d | dict(pairs=[d["pairs"][0] | dict(clip_id=["../x"])]), d | dict(skipped=None),
+                d | dict(skipped=["clip1"]), d | dict(skipped=[{"clip_id": 1}])):
         side.write_text(json.dumps(bad))
         with pytest.raises(StoreError): open_states(store)
     side.write_text(json.dumps(d | dict(file="../../etc/passwd"))) # not a field of ours: nobody looks
@@ -545,7 +589,8 @@ def test_names_are_never_read_from_a_file(store):
 
 def test_fuzz_only_our_errors(whole, tmp_path):
     rng, refused = random.Random(0), 0
-    victims = [p.relative_to(whole) for p in (whole/"manifest.json", chunk_file(whole, 4, "json"), chunk_file(whole, 4))]
+    victims = [p.relative_to(whole) for p in (whole/"manifest.json", chunk_file(whole, 4, "json"),
+                                              chunk_file(whole, 4))]
     store = tmp_path/"s"
     shutil.copytree(whole, store)
     for k in range(300):
@@ -587,7 +632,8 @@ def test_malicious_pt_is_refused_and_nothing_runs(tmp_path):
     import pickle
     class Eval:
         def __reduce__(self): return (builtins.eval, (f"open({str(ran)!r}, 'w')",))
-    corpus = {"top": Touch(ran), "in config": dict(config=Touch(ran)), "in list": dict(metadata=[Touch(ran)]), "eval": dict(seq_lens=Eval()),
+    corpus = {"top": Touch(ran), "in config": dict(config=Touch(ran)), "in list": dict(metadata=[Touch(ran)]),
+              "eval": dict(seq_lens=Eval()),
               "object array": dict(egpt_hidden=np.array([Touch(ran)], dtype=object))}
     for name, obj in corpus.items():
         f = tmp_path/f"{name}.pt"
@@ -626,18 +672,24 @@ def test_store_to_study_and_back(whole, tmp_path):
     keep = [i for i in range(TOTAL) if min(len(pair(i).target_ids), len(pair(i).draft_ids)) >= 5]
     assert n == len(keep) < TOTAL and [p.name for p in tmp_path.iterdir()] == ["hidden.pt"]
     d = torch.load(tmp_path/"hidden.pt", weights_only=True)
-    assert set(d) == {"egpt_hidden", "vl_hidden", "seq_lens", "metadata", "config", "target_ids", "draft_ids", "target_margins", "draft_margins"} and d["egpt_hidden"].dtype == torch.float32
+    assert set(d) == {"egpt_hidden", "vl_hidden", "seq_lens", "metadata", "config", "target_ids", "draft_ids",
+                      "target_margins", "draft_margins"}
+    assert d["egpt_hidden"].dtype == torch.float32
     assert d["config"]["split"] == "train" and d["config"]["num_samples"] == n and d["config"]["hidden_dim"] == 12
     for k, i in enumerate(keep):
         p, m = pair(i), int(d["seq_lens"][k])
         assert m == min(len(p.target_ids), len(p.draft_ids)) == d["metadata"][k]["seq_len"]
-        assert torch.equal(d["egpt_hidden"][k, :m], p.streams["draft_free"][:m].bfloat16().float()) and not d["egpt_hidden"][k, m:].any()
+        assert torch.equal(d["egpt_hidden"][k, :m], p.streams["draft_free"][:m].bfloat16().float())
+        assert not d["egpt_hidden"][k, m:].any()
         assert torch.equal(d["vl_hidden"][k, :m], p.streams["target"][:m].bfloat16().float())
         assert d["metadata"][k]["vl_text"] == p.target_text and d["metadata"][k]["egpt_text"] == p.draft_text
     back = open_states(tmp_path/"hidden.pt")
-    assert back.head() is None and (back.target_ids(0) == pair(keep[0]).target_ids[:back.pairs[0].n_target]).all() and not check_head(back, HEAD)
+    assert back.head() is None and (back.target_ids(0) == pair(keep[0]).target_ids[:back.pairs[0].n_target]).all()
+    assert not check_states(back, HEAD)
     for a, b in zip(states.subset(keep).batches("draft_free", 4, 7), back.batches("draft_free", 4, 7), strict=True):
-        if a.index == b.index: assert torch.equal(a.h_draft, b.h_draft) and torch.equal(a.h_target, b.h_target) and torch.equal(a.ids, b.ids)
+        if a.index == b.index:
+            assert torch.equal(a.h_draft, b.h_draft) and torch.equal(a.h_target, b.h_target)
+            assert torch.equal(a.ids, b.ids)
     assert back.clips == states.subset(keep).clips
     a, b = next(states.subset(keep).batches("draft_free")), next(back.batches("draft_free"))
     assert torch.equal(a.h_draft, b.h_draft) and torch.equal(a.h_target, b.h_target) and torch.equal(a.mask, b.mask)
@@ -645,8 +697,10 @@ def test_store_to_study_and_back(whole, tmp_path):
 
 
 def test_study_clip_names_and_index(tmp_path):
-    def part(first): return dict(egpt_hidden=torch.ones(2, 6, 4), vl_hidden=torch.ones(2, 6, 4), seq_lens=torch.tensor([6, 5]),
-                                 metadata=[dict(sample_idx=first, question_idx=q, question="q", egpt_text="a", vl_text="b", seq_len=6) for q in range(2)])
+    def part(first):
+        return dict(egpt_hidden=torch.ones(2, 6, 4), vl_hidden=torch.ones(2, 6, 4), seq_lens=torch.tensor([6, 5]),
+                    metadata=[dict(sample_idx=first, question_idx=q, question="q", egpt_text="a", vl_text="b",
+                                   seq_len=6) for q in range(2)])
     (tmp_path/"chunks").mkdir()
     for k in (0, 2): torch.save(part(k), tmp_path/f"chunks/chunk_{k:06d}.pt")
     assert open_states(tmp_path).clips == ["sample_0", "sample_2"] # without an index, by name
@@ -654,7 +708,8 @@ def test_study_clip_names_and_index(tmp_path):
         (tmp_path/"index.json").write_text(json.dumps(dict(chunks=[dict(path=path)])))
         with pytest.raises(StoreError) as e: open_states(tmp_path)
         assert "index.json" in str(e.value)
-    (tmp_path/"index.json").write_text(json.dumps(dict(chunks=[dict(path="chunks/chunk_000002.pt")], config=dict(quant="4bit"))))
+    (tmp_path/"index.json").write_text(json.dumps(dict(chunks=[dict(path="chunks/chunk_000002.pt")],
+                                                       config=dict(quant="4bit"))))
     states = open_states(tmp_path)
     assert states.clips == ["sample_2"] and states.manifest["config"] == dict(quant="4bit") and len(states) == 2
 
@@ -679,22 +734,24 @@ def test_index_is_a_summary_of_the_sidecars(store):
 # Memory that is used again, rows that are looked at once
 
 def test_a_batch_that_is_kept_never_changes(tmp_path):
-    from featsd.bench import made_up
+    from featsd.state_goals import made_up
     states = made_up(tmp_path/"s", 40, 48, chunk_size=7)
     for flat in (False, True):
         for seed in (None, 1):
-            kept = [(b, b.h_draft.clone(), b.h_target.clone()) for b in states.batches("draft_free", 3, seed, flat=flat)]
+            kept = [(b, b.h_draft.clone(), b.h_target.clone())
+                    for b in states.batches("draft_free", 3, seed, flat=flat)]
             assert all(torch.equal(b.h_draft, d) and torch.equal(b.h_target, t) for b, d, t in kept)
     places = {b.h_target.data_ptr() for b in states.batches("draft_free", 3)}
     assert len(places) < 14 # and one that is not kept gives its memory back
 
 
 def test_flat_batches_are_the_unmasked_rows(tmp_path):
-    from featsd.bench import made_up
+    from featsd.state_goals import made_up
     states = made_up(tmp_path/"s", 40, 48, chunk_size=7)
     for padded, flat in zip(*(states.batches("draft_free", 6, 5, flat=f) for f in (False, True)), strict=True):
         assert padded.index == flat.index and torch.equal(padded.mask, flat.mask) and torch.equal(padded.ids, flat.ids)
-        assert torch.equal(padded.h_draft[padded.mask], flat.h_draft) and torch.equal(padded.h_target[padded.mask], flat.h_target)
+        assert torch.equal(padded.h_draft[padded.mask], flat.h_draft)
+        assert torch.equal(padded.h_target[padded.mask], flat.h_target)
 
 
 @pytest.mark.parametrize("dtype", ("bf16", "fp16", "fp32", "fp8"))
@@ -707,27 +764,36 @@ def test_rows_read_into_memory_are_those_of_the_mapping(tmp_path, dtype):
     else:
         to = torch.empty(n - 3, 16, dtype=rows.dtype)
         assert rows.read_into("target", 2, to[1:]) is not None and torch.equal(to[1:], rows("target", 2, n - 2))
-        os.truncate(chunk_file(states.path, SIZE), os.path.getsize(chunk_file(states.path, SIZE)) // 2) # under an open file
+        # under an open file
+        os.truncate(chunk_file(states.path, SIZE), os.path.getsize(chunk_file(states.path, SIZE)) // 2)
         with pytest.raises(StoreError, match="chunk_000004.safetensors: expected .* more bytes, found its end"):
-            for s in states.manifest["streams"]: rows.read_into(s, 0, torch.empty(n, rows.manifest["target_dim" if s == "target" else "draft_dim"], dtype=rows.dtype))
+            for s in states.manifest["streams"]:
+                rows.read_into(s, 0, torch.empty(n, rows.manifest["target_dim" if s == "target" else "draft_dim"],
+                                                 dtype=rows.dtype))
 
 
 def test_one_very_long_answer_does_not_swell_every_row_of_its_batch(tmp_path, monkeypatch):
     from featsd.data import store as S
     def long(k, n):
         rows = {s: torch.zeros(n, 8) for s in ("target", "draft_forced", "draft_free")}
-        return PairStates(f"c{k}", 0, "?", np.zeros(n, np.int64), np.zeros(n, np.int64), "", "", np.ones(n), np.ones(n), rows)
-    with StoreWriter(tmp_path/"s", dict(target_model="t", draft_model="d", streams=["target", "draft_forced", "draft_free"], target_dim=8, draft_dim=8), chunk_size=20) as w:
+        return PairStates(f"c{k}", 0, "?", np.zeros(n, np.int64), np.zeros(n, np.int64), "", "", np.ones(n),
+                          np.ones(n), rows)
+    with StoreWriter(tmp_path/"s",
+                     dict(target_model="t", draft_model="d", streams=["target", "draft_forced", "draft_free"],
+                          target_dim=8, draft_dim=8), chunk_size=20) as w:
         w.missing(20)
         w.write_chunk(0, [long(k, 3000 if k == 11 else 3) for k in range(20)])
     states = open_states(tmp_path/"s")
     monkeypatch.setattr(S, "PADDED", 2**21) # 20 × 3,000 × 16 floats are 3.8 MB, of 0.2 MB of states
     for seed in (None, 0, 1):
         got = list(states.batches("draft_forced", 20, seed))
-        assert sum(int(b.mask.sum()) for b in got) == 3057 and sorted(i for b in got for i in b.index) == list(range(20)) and max(b.h_target.nbytes + b.h_draft.nbytes for b in got) <= 2**21
+        assert sum(int(b.mask.sum()) for b in got) == 3057
+        assert sorted(i for b in got for i in b.index) == list(range(20))
+        assert max(b.h_target.nbytes + b.h_draft.nbytes for b in got) <= 2**21
     from featsd.data.feed import Feed
     monkeypatch.setattr("featsd.data.feed.LONGEST", 2999)
-    with pytest.raises(FeatsdError, match="pair 11 has 3,000 positions, expected at most 2,999.*train L1 to L3"): Feed(states, "draft_forced", 20, sequences=True)
+    with pytest.raises(FeatsdError, match="pair 11 has 3,000 positions, expected at most 2,999.*train L1 to L3"):
+        Feed(states, "draft_forced", 20, sequences=True)
     monkeypatch.setattr("featsd.data.feed.LONGEST", 3000)
     for cache in (0, 2**30):
         whole = list(Feed(states, "draft_forced", 20, sequences=True, cache_bytes=cache).epoch(0))
@@ -736,10 +802,11 @@ def test_one_very_long_answer_does_not_swell_every_row_of_its_batch(tmp_path, mo
 
 @pytest.mark.parametrize("flat", (False, True))
 def test_rows_that_are_not_finite_are_left_out_in_every_pass(tmp_path, flat, monkeypatch):
-    from featsd.bench import made_up
+    from featsd.state_goals import made_up
     from featsd.data import chunk
     monkeypatch.setattr(chunk, "not_finite", lambda *a: 0) # a writer that does not look
-    monkeypatch.setattr(chunk, "encode_rows", lambda h, dtype: {"": h.clone().index_fill_(0, torch.tensor([3]), float("inf"))})
+    monkeypatch.setattr(chunk, "encode_rows",
+                        lambda h, dtype: {"": h.clone().index_fill_(0, torch.tensor([3]), float("inf"))})
     states = made_up(tmp_path/"s", 12, 16, chunk_size=6)
     total = sum(p.n_target for p in states.pairs)
     for seed in (None, 0, None):

@@ -1,7 +1,8 @@
-"Laws of planning: published tables come back, no cost is free, the study's own measurement is predicted from its stage times"
+"Laws of planning: published tables come back, no cost is free, the study's own measurement is predicted from its times"
 import math
 import os
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as NS
 
@@ -9,18 +10,22 @@ import numpy as np
 import pytest
 import torch
 
+from featsd.base import costs
 from featsd import timeline as T
-from featsd.core import FeatsdError, read_json
-from featsd.metrics import TimingConfig
-from featsd.timeline import expected_tau, k_free, plan, speedup_bound, speedup_exact, speedup_iid, verify_cost
+from featsd.base.core import FeatsdError, read_json
+from featsd.base.costs import (
+    TimingConfig, expected_tau, k_free, plan, speedup_bound, speedup_exact, speedup_iid, verify_cost)
 
 REFERENCE = Path(os.environ.get("FEATSD_SHARED_DATA", Path(__file__).parents[2]/"shared"/"data"))/"reference_results"
-needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="the study's published results are not here; set FEATSD_SHARED_DATA")
+needs_reference = pytest.mark.skipif(not REFERENCE.exists(),
+                                     reason="the study's published results are not here; set FEATSD_SHARED_DATA")
 
 
 def test_published_tables_digit_for_digit():
-    assert f"{T.speedup_seed_published(6.35):.2f}" == "5.77" and math.floor(T.speedup_seed_relaxed(.195, 5) * 100) == 88
-    assert [[math.floor(T.break_even_seed(g, s) * 100 + .5 + 1e-9) for s in (1, 1.5, 2)] for g in (5, 8, 10)] == [[22, 33, 44], [14, 21, 28], [11, 17, 22]]
+    assert f"{costs.study_published(6.35):.2f}" == "5.77" and math.floor(costs.study_relaxed(.195, 5) * 100) == 88
+    percent = lambda g, s: math.floor(costs.study_break_even(g, s) * 100 + .5 + 1e-9)
+    table = [[percent(g, s) for s in (1, 1.5, 2)] for g in (5, 8, 10)]
+    assert table == [[22, 33, 44], [14, 21, 28], [11, 17, 22]]
 
 
 @pytest.mark.parametrize("alpha,gamma", [(0., 1), (.3, 4), (.85, 8), (1., 5)])
@@ -37,7 +42,9 @@ def test_expected_tau_by_simulation():
 
 def test_exact_is_iid_on_an_iid_curve():
     for a in (.2, .6, .9):
-        for g in (1, 4, 9): assert speedup_exact([a ** (i + 1) for i in range(9)], g, .15, 1.2, .03) == pytest.approx(speedup_iid(a, g, .15, 1.2, .03))
+        for g in (1, 4, 9):
+            exact = speedup_exact([a ** (i + 1) for i in range(9)], g, .15, 1.2, .03)
+            assert exact == pytest.approx(speedup_iid(a, g, .15, 1.2, .03))
 
 
 @pytest.mark.parametrize("c", [.05, .2, .5, .9])
@@ -50,19 +57,20 @@ def test_bound_dominates_and_never_loses():
     rng = np.random.default_rng(1)
     for _ in range(60):
         curve = np.sort(rng.random(12))[::-1].tolist()
-        t = TimingConfig(rng.uniform(1, 300), rng.uniform(.1, 30), rng.uniform(1, 400), rng.uniform(5, 30), rng.uniform(0, 2), 0., rng.uniform(0, 1), {2: 1.1, 9: rng.uniform(1.1, 4)})
+        stages = [rng.uniform(*ends) for ends in ((1, 300), (.1, 30), (1, 400), (5, 30), (0, 2))]
+        t = TimingConfig(*stages, 0., rng.uniform(0, 1), {2: 1.1, 9: rng.uniform(1.1, 4)})
         p = plan(t, curve)
         assert p.bound >= max(1., p.exact) - 1e-9 and 1. <= p.bound_e2e <= p.bound + 1e-9 and p.free >= 1.
         assert p.bound == pytest.approx(speedup_bound(t, curve))
         assert (p.gamma > 0) == (p.exact > 1)
-        dearer = TimingConfig(t.draft_prefill_ms, t.draft_token_ms * 2, t.target_prefill_ms, t.target_token_ms, t.adapter_ms, 0., t.overhead_ms, t.verify)
+        dearer = replace(t, draft_token_ms=t.draft_token_ms * 2)
         assert plan(dearer, curve).exact <= p.exact + 1e-9
 
 
 def test_break_even_and_largest_c_are_thresholds():
     t = TimingConfig(10, 3, 60, 20, 0, 0., .5, {2: 1.05, 17: 1.9})
     p = plan(t, [.8, .7, .5, .3])
-    c = T.costs_of(t)[0]
+    c = costs.costs_of(t)[0]
     best = lambda a: max(speedup_iid(a, g, c, verify_cost(t, g + 1), .5 / 20) for g in range(1, 17))
     assert best(p.break_even_alpha) > 1 >= best(p.break_even_alpha - 2e-3)
     at = lambda ms: plan(TimingConfig(10, ms, 60, 20, 0, 0., .5, t.verify), [.8, .7, .5, .3]).exact
@@ -77,12 +85,12 @@ def test_k_free():
 
 @needs_reference
 def test_the_study_as_it_was_measured():
-    "Stage times and acceptance of its wall-clock run, through the planner: 1.00 to 1.05, within .03 of what it measured"
+    "Stage times and acceptance of its wall-clock run, through the planner: 1.00 to 1.05, within .03 of its measurement"
     log = read_json(REFERENCE/"e2e_wallclock_10x10_50tok.json")
     for arm, runs in log["sd_per_sample"].items():
-        t = T.timing_of_study(log, arm)
-        curve = T.accepted_curve([r["accepted"] for r in runs], max(r["drafted"] for r in runs))
-        as_run, p = T.first_block(t, curve, max(t.verify) - 1, 50), plan(t, [0.], first=curve)
+        t = costs.timing_of_study(log, arm)
+        curve = costs.accepted_curve([r["accepted"] for r in runs], max(r["drafted"] for r in runs))
+        as_run, p = costs.first_block(t, curve, max(t.verify) - 1, 50), plan(t, [0.], first=curve)
         assert 1. <= round(as_run, 2) <= 1.05 and abs(as_run - log["aggregate"][arm]["speedup_mean"]) < .03
         assert p.gamma == 0 and 1. <= round(p.free, 2) <= 1.05 and round(p.bound_e2e, 2) <= 1.05
 
@@ -97,7 +105,9 @@ def test_the_study_from_its_rounded_figures(alpha):
 @needs_reference
 def test_waterfall_ends_where_it_was_measured():
     log = read_json(REFERENCE/"e2e_wallclock_10x10_50tok.json")
-    steps = T.study_waterfall(6.35, read_json(REFERENCE/"L1_acceptance_metrics.json"), T.timing_of_study(log), statistics.fmean(r["accepted"] for r in log["sd_per_sample"]["L1+VL"]), 1.0077)
+    accepted = statistics.fmean(r["accepted"] for r in log["sd_per_sample"]["L1+VL"])
+    test = read_json(REFERENCE/"L1_acceptance_metrics.json")
+    steps = costs.study_waterfall(6.35, test, costs.timing_of_study(log), accepted, 1.0077)
     assert round(steps[0]["value"], 2) == 5.77 and steps[-1]["value"] == 1.0077
     assert sum(s["change"] for s in steps) == pytest.approx(1.0077 - steps[0]["value"])
     assert abs(steps[-2]["value"] - steps[-1]["value"]) < .02                       # what remains unexplained
@@ -115,13 +125,22 @@ def test_stage_metrics_of_the_study(level, tmp_path):
 
 def test_overlap_only_where_assumed_or_measured():
     measured = TimingConfig(8, 2, 50, 10, .2, .1, .01, {6: 1.2}, measured=True)
-    one = T.timeline_data(measured, 3.)
-    sd = [r for r in one["rows"] if r["row"] != "plain decoding"]
-    ends = sorted((r["start_ms"], r["start_ms"] + r["ms"]) for r in sd)
-    assert len({r["row"] for r in sd}) == 1 and all(b[0] >= a[1] - 1e-9 for a, b in zip(ends, ends[1:], strict=False))
+    sd = [r for r in T.stage_rows(measured, 3.) if r.row != "plain decoding"]
+    ends = sorted((r.start_ms, r.start_ms + r.ms) for r in sd)
+    assert len({r.row for r in sd}) == 1 and all(b[0] >= a[1] - 1e-9 for a, b in zip(ends, ends[1:], strict=False))
     cycles = 50 / 4
     assert ends[-1][1] == pytest.approx(58 + cycles * (5 * 2.3 + 12 + .01))
-    assert len({r["row"] for r in T.timeline_data(TimingConfig(), 3.)["rows"]}) == 3
+    assert len({r.row for r in T.stage_rows(TimingConfig(), 3.)}) == 3
+
+
+def test_the_chart_draws_the_stages():
+    "Spans end to end in the chart as in the rows; a pie's wedges are the row's own time"
+    rows, chart = T.stage_rows(TimingConfig(), 3.), T.chart_timeline(TimingConfig(), 3.)
+    time, plain, drafted = chart.panels
+    drawn = {(s.name, row): (start, ms) for s in time.series for row, start, ms in zip(s.x, s.base, s.y, strict=True)}
+    assert drawn == {(r.stage, r.row): (r.start_ms, r.ms) for r in rows}
+    assert sum(plain.series[0].y) == max(r.start_ms + r.ms for r in rows if r.row == "plain decoding")
+    assert "draft prefill" not in drafted.series[0].x                   # it hides behind the target's
 
 
 # ---- measuring
@@ -162,18 +181,24 @@ def test_measured_stages_are_the_true_ones():
         clock.ms += .25
         return h, None
     t = T.measure_stages(pair, ["a", "b"], ["q"], NS(step=adapt), runs=3, clock=clock)
-    assert [t.draft_prefill_ms, t.draft_token_ms, t.target_prefill_ms, t.target_token_ms, t.adapter_ms, t.head_ms, t.overhead_ms] == pytest.approx([8, 2, 50, 10, .25, .1, .03])
+    stages = [t.draft_prefill_ms, t.draft_token_ms, t.target_prefill_ms, t.target_token_ms]
+    assert stages == pytest.approx([8, 2, 50, 10])
+    assert [t.adapter_ms, t.head_ms, t.overhead_ms] == pytest.approx([.25, .1, .03])
     assert t.verify == pytest.approx({K: 1 + .05 * (K - 1) for K in range(2, 10)}) and t.measured
     assert {at for at, _ in pair.target.seen} == {5}, "every width must see the same context"
-    assert "measured" in T.timing_report(t) and "assumed" not in T.timing_report(t) and "assumed" in T.timing_report(TimingConfig())
+    assert "measured" in T.timing_report(t) and "assumed" not in T.timing_report(t)
+    assert "assumed" in T.timing_report(TimingConfig())
     with pytest.raises(FeatsdError, match="0 questions"): T.measure_stages(pair, ["a"], [])
 
 
 def test_run_writes_what_a_plan_needs(tmp_path):
     by = {str(g): [.7 ** (i + 1) for i in range(g)] for g in range(1, 11)}
-    t, p = T.run_timeline(tmp_path/"o", timing=TimingConfig(10, 2, 60, 20, .2, verify={2: 1.05, 9: 1.4}), metrics={"streams": {"draft_forced": {"cycle_prefix": by}, "draft_free": {"curves_token": {"prefix": [.5, .2]}}}}, out=lambda s: None)
+    timing = TimingConfig(10, 2, 60, 20, .2, verify={2: 1.05, 9: 1.4})
+    streams = {"draft_forced": {"cycle_prefix": by}, "draft_free": {"curves_token": {"prefix": [.5, .2]}}}
+    t, p = T.run_timeline(tmp_path/"o", timing=timing, metrics={"streams": streams}, out=lambda s: None)
     assert p.gamma > 0 and T.read_timing(tmp_path/"o"/"timing.json") == t
-    assert p.exact == pytest.approx(max(speedup_exact(by[str(g)], g, 2.2 / 20, verify_cost(t, g + 1)) for g in range(1, 11)))
+    exact = [speedup_exact(by[str(g)], g, 2.2 / 20, verify_cost(t, g + 1)) for g in range(1, 11)]
+    assert p.exact == pytest.approx(max(exact))
     (tmp_path/"bad.json").write_text('{"draft_token_ms": 0}')
     with pytest.raises(FeatsdError, match="bad.json.*draft_token_ms"): T.read_timing(tmp_path/"bad.json")
     (tmp_path/"odd.json").write_text('{"speed": 3}')
@@ -183,8 +208,10 @@ def test_run_writes_what_a_plan_needs(tmp_path):
 # ---- bad input, sliders
 
 @pytest.mark.parametrize("call,words", [
-    (lambda: plan(TimingConfig(), [.5, .7]), "never increase"), (lambda: plan(TimingConfig(), [1.2]), "probabilities"), (lambda: plan(TimingConfig(), []), "prefix curve"),
-    (lambda: plan(TimingConfig(), [.5], n_out=0), "n_out"), (lambda: speedup_iid(.5, 0, .1), "gamma 0"), (lambda: speedup_exact([.5], 2, -.1), "costs"), (lambda: expected_tau(-.1, 2), "alpha")])
+    (lambda: plan(TimingConfig(), [.5, .7]), "never increase"), (lambda: plan(TimingConfig(), [1.2]), "probabilities"),
+    (lambda: plan(TimingConfig(), []), "prefix curve"), (lambda: plan(TimingConfig(), [.5], n_out=0), "n_out"),
+    (lambda: speedup_iid(.5, 0, .1), "gamma 0"), (lambda: speedup_exact([.5], 2, -.1), "costs"),
+    (lambda: expected_tau(-.1, 2), "alpha")])
 def test_bad_input_in_one_line(call, words):
     with pytest.raises(FeatsdError, match=words) as e: call()
     assert "\n" not in str(e.value)

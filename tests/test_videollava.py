@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import (QUESTION, SMALL, VISION, golden_tokenizer, random_clip, small_tokenizer, write_eventgpt, write_tensors,
+from closeness import near
+from patience import HANG
+from tiny_checkpoints import (QUESTION, SMALL, VISION, golden_tokenizer, random_clip, small_tokenizer, write_eventgpt,
+                              write_tensors,
                               write_videollava)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from featsd.core import FeatsdError
-from featsd.data.clips import frame_indices, read_folder, read_video
+from featsd.base.core import FeatsdError
+from featsd.data.frames import frame_indices, read_folder, read_video
 from featsd.extract import extract, pair_states
 from featsd.models.backbone import Pair, load_backbone, memory_report
 from featsd.models.checkpoint import tensor_shapes
 from featsd.models.eventgpt import EventGPT
-from featsd.models.pixels import clip_pixels
+from featsd.data.frames import clip_pixels
 from featsd.models.videollava import VideoLLaVA, video_prompt
 
 
@@ -39,7 +42,8 @@ def model(folder): return VideoLLaVA.from_pretrained(folder)
 
 # ---- pixels ----
 
-SIZES = [(480, 640), (720, 1280), (336, 336), (224, 224), (223, 301), (301, 223), (37, 501), (30, 31), (2, 9), (260, 346)]
+SIZES = [(480, 640), (720, 1280), (336, 336), (224, 224), (223, 301), (301, 223), (37, 501), (30, 31), (2, 9),
+         (260, 346)]
 
 
 @pytest.mark.parametrize("h,w", SIZES)
@@ -52,8 +56,10 @@ def test_pixels_are_those_of_transformers_bit_for_bit(h, w):
             ref = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
             ref = ref(Image.fromarray(image))["pixel_values"][0]
             assert clip_pixels(image, size).tobytes() == ref.tobytes() and ref.dtype == np.float32
-        own = importlib.import_module("transformers.models.video_llava.image_processing_video_llava").VideoLlavaImageProcessor()
-        ref = own(images=[Image.fromarray(image)], return_tensors="np", return_legacy_image_output=False)["pixel_values"][0]
+        module = "transformers.models.video_llava.image_processing_video_llava"
+        own = importlib.import_module(module).VideoLlavaImageProcessor()
+        ref = own(images=[Image.fromarray(image)], return_tensors="np",
+                  return_legacy_image_output=False)["pixel_values"][0]
         assert clip_pixels(image, 224).tobytes() == ref.tobytes()
 
 
@@ -66,8 +72,9 @@ def test_no_torchvision():
 
 @pytest.mark.parametrize("total", [1, 3, 7, 8, 9, 20, 24, 1001])
 def test_frame_rules(total):
-    "`linspace` as the study's extraction: all where there are fewer; `arange` as the model's documentation, which then repeats"
-    assert frame_indices(total) == (list(range(total)) if total < 8 else np.linspace(0, total - 1, 8, dtype=int).tolist())
+    "`linspace` as the study's extraction: all where there are fewer; `arange` as the model's own, which then repeats"
+    assert frame_indices(total) == (list(range(total)) if total < 8
+                                    else np.linspace(0, total - 1, 8, dtype=int).tolist())
     assert frame_indices(total, rule="arange") == np.arange(0, total, total / 8).astype(int).tolist()
 
 
@@ -108,7 +115,8 @@ def test_frames_of_a_folder_and_of_a_video(tmp_path):
 def test_prompts(model):
     t = model.tokenizer
     before, after = model.prompt(QUESTION)
-    assert before[0] == 1 and t.decode(before[1:]) == "USER: " and t.decode(after) in (f"\n{QUESTION} ASSISTANT:", f" \n{QUESTION} ASSISTANT:")
+    assert before[0] == 1 and t.decode(before[1:]) == "USER: "
+    assert t.decode(after) in (f"\n{QUESTION} ASSISTANT:", f" \n{QUESTION} ASSISTANT:")
     _, newline = video_prompt(t, model.video_id, QUESTION, "newline")
     assert t.decode(newline).endswith("scene?\nASSISTANT:")
     for tokens in (before, after, newline): assert 1 not in tokens[1:] and 2 not in tokens and max(tokens) < SMALL
@@ -131,7 +139,8 @@ def by_transformers(lm, model, clip, question, n=10):
     pixels = model.pictures(clip.frames)[None]
     per_frame = (VISION["image_size"] // VISION["patch_size"]) ** 2 + 1
     ids = torch.tensor([[*before, *[model.video_id] * (per_frame * pixels.shape[1]), *after]])
-    out = lm.generate(input_ids=ids, pixel_values_videos=pixels, max_new_tokens=n, do_sample=False, eos_token_id=2, pad_token_id=0,
+    out = lm.generate(input_ids=ids, pixel_values_videos=pixels, max_new_tokens=n, do_sample=False, eos_token_id=2,
+                      pad_token_id=0,
                       suppress_tokens=list(range(SMALL, SMALL + 32)))
     return out[0, ids.shape[1]:].tolist()
 
@@ -145,7 +154,9 @@ def test_answers_are_those_of_transformers(saved, model):
 
 
 @pytest.mark.parametrize("names,position_ids,present", [
-    ("hub", False, ["language_model.lm_head.weight", "language_model.model.norm.weight", "video_tower.vision_model.pre_layrnorm.weight"]),
+    ("hub", False,
+     ["language_model.lm_head.weight", "language_model.model.norm.weight",
+      "video_tower.vision_model.pre_layrnorm.weight"]),
     ("hub", True, ["video_tower.vision_model.embeddings.position_ids"]),
     ("today", False, ["lm_head.weight", "model.language_model.norm.weight", "model.video_tower.pre_layrnorm.weight"])])
 def test_every_naming_is_the_same_model(tmp_path, model, names, position_ids, present):
@@ -159,10 +170,13 @@ def test_every_naming_is_the_same_model(tmp_path, model, names, position_ids, pr
 @pytest.mark.parametrize("quant,kind", [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
 def test_quantised_on_the_cpu(folder, model, quant, kind):
     small, clip = VideoLLaVA.from_pretrained(folder, quant, device="cpu"), random_clip(1)
-    assert type(small.decoder.layers[0].mlp.up_proj).__name__ == type(small.tower.encoder.layers[0].mlp.fc1).__name__ == kind
-    assert type(small.head.lm_head) is torch.nn.Linear and small.head.lm_head.weight.dtype == small.dtype == torch.float16
+    for part in (small.decoder.layers[0].mlp.up_proj, small.tower.encoder.layers[0].mlp.fc1):
+        assert type(part).__name__ == kind
+    assert type(small.head.lm_head) is torch.nn.Linear
+    assert small.head.lm_head.weight.dtype == small.dtype == torch.float16
     assert 1 <= len(small.generate([small.encode(clip, QUESTION)], 6)[0].ids) <= 6
-    assert torch.nn.functional.cosine_similarity(small.see(clip).float(), model.see(clip), dim=-1).min() > (.9 if quant == "4bit" else .999)
+    close = torch.nn.functional.cosine_similarity(small.see(clip).float(), model.see(clip), dim=-1)
+    assert close.min() > (.9 if quant == "4bit" else .999)
     assert memory_report(small)["total"]["bytes"] < .6 * memory_report(model)["total"]["bytes"]
 
 
@@ -170,7 +184,7 @@ def test_the_head_ends_before_the_placeholders(folder, model):
     whole = VideoLLaVA.from_pretrained(folder, all_ids=True)
     assert model.head.vocab_size == SMALL and whole.head.vocab_size == SMALL + 32
     h = torch.randn(3, 64)
-    assert torch.equal(model.head.logits(h), whole.head.logits(h)[:, :SMALL]) and model.head.hash != whole.head.hash != ""
+    assert near(model.head.logits(h), whole.head.logits(h)[:, :SMALL], 64) and model.head.hash != whole.head.hash != ""
     assert memory_report(model)["total"]["parameters"] == sum(p.numel() for p in model.lm.parameters()) < 2e6
 
 
@@ -195,12 +209,17 @@ BROKEN = {
     "wrong kind": (lambda p: edit(p, model_type="llava"), "model_type 'llava', expected 'video_llava'"),
     "already quantised": (lambda p: edit(p, quantization_config={"load_in_4bit": True}), "quantised already"),
     "no weights": (lambda p: (p/"model.safetensors").unlink(), "no weights"),
-    "another model": (lambda p: write_tensors(p, {"lm_head.weight": torch.zeros(2, 2)}), "not a Video-LLaVA checkpoint"),
+    "another model": (lambda p: write_tensors(p, {"lm_head.weight": torch.zeros(2, 2)}),
+                      "not a Video-LLaVA checkpoint"),
     "a tensor missing": (lambda p: drop(p, "multi_modal_projector.linear_2.bias"), "1 tensors missing"),
-    "tower of another size": (lambda p: edit(p, vision_config={**config_of(p, "vision_config"), "hidden_size": 128}), "tower, decoder or config of another model"),
-    "other picture size": (lambda p: edit(p, vision_config={**config_of(p, "vision_config"), "image_size": 42}), "config.json says (10, 64)"),
+    "tower of another size": (lambda p: edit(p, vision_config={**config_of(p, "vision_config"), "hidden_size": 128}),
+                              "tower, decoder or config of another model"),
+    "other picture size": (lambda p: edit(p, vision_config={**config_of(p, "vision_config"), "image_size": 42}),
+                           "config.json says (10, 64)"),
     "tokenizer without <video>": (lambda p: small_tokenizer().save_pretrained(p), "<video> at"),
-    "tokenizer of another vocabulary": (lambda p: small_tokenizer(("<image>", "<video>", "<pad>"), SMALL - 1).save_pretrained(p), f"<video> at {SMALL}"),
+    "tokenizer of another vocabulary": (
+        lambda p: small_tokenizer(("<image>", "<video>", "<pad>"), SMALL - 1).save_pretrained(p),
+        f"<video> at {SMALL}"),
     "no tokenizer": (lambda p: (p/"tokenizer.json").unlink(), "no tokenizer, expected"),
 }
 
@@ -241,41 +260,51 @@ def test_a_whole_extraction(folder, tmp_path, monkeypatch):
         name, split, questions = "made", "test", [QUESTION, "Why?"]
         @property
         def clip_ids(self): return [c.id for c in self]
-    monkeypatch.setattr(importlib.import_module("featsd.extract"), "open_clips", lambda *a, **k: Clips(random_clip(s, duration_us=300_000) for s in range(3)))
-    path = extract(tmp_path/"out", pair=f"draft={tmp_path/'draft'}?max_duration_us=none&frames=1,target={folder}?frames=4", split="test", quant="fp32",
+    monkeypatch.setattr(importlib.import_module("featsd.extract"), "open_clips", lambda *a,
+                        **k: Clips(random_clip(s, duration_us=300_000) for s in range(3)))
+    path = extract(tmp_path/"out",
+                   pair=f"draft={tmp_path/'draft'}?max_duration_us=none&frames=1,target={folder}?frames=4",
+                   split="test", quant="fp32",
                    max_new_tokens=5, chunk_size=4, progress=False)
     states = open_states(path)
-    assert len(states) == 6 and states.manifest["draft"]["name"] == "draft (frames=1)" and states.manifest["target"]["name"] == "tiny (frames=4)"
+    assert len(states) == 6 and states.manifest["draft"]["name"] == "draft (frames=1)"
+    assert states.manifest["target"]["name"] == "tiny (frames=4)"
     assert states.manifest["shared_vocab"] == SMALL
 
 
 def test_answers_from_the_shell(folder, model, tmp_path):
     clip = random_clip(4)
     for i, f in enumerate(clip.frames): Image.fromarray(f).save(tmp_path/f"{i:06d}.png")
-    run = lambda *a: subprocess.run([sys.executable, "-m", "featsd.models.videollava", *map(str, a)], capture_output=True, text=True, timeout=120)
+    run = lambda *a: subprocess.run([sys.executable, "-m", "featsd.models.videollava", *map(str, a)],
+                                    capture_output=True, text=True, timeout=HANG)
     got = run(folder, "--video", tmp_path, "--question", "Why?", "--max_new_tokens", 5)
-    assert got.returncode == 0 and got.stdout.strip() == model.decode_text(model.generate([model.encode(clip, "Why?")], 5)[0].ids), got
+    assert got.returncode == 0, got
+    assert got.stdout.strip() == model.decode_text(model.generate([model.encode(clip, "Why?")], 5)[0].ids), got
     got = run(folder, "--video", tmp_path/"none.mp4")
     assert got.returncode == 2 and got.stderr.count("\n") == 1 and "no such video file" in got.stderr, got
 
 
 @pytest.mark.parametrize("how", ["playlist", "hls", "text", "empty", "cut"])
 def test_a_video_leads_to_no_other_file(folder, tmp_path, monkeypatch, how):
-    "FFmpeg would open what a playlist names; the answering command, as the data sets, opens one container and nothing else"
+    "FFmpeg would open what a playlist names; the answering command opens one container and nothing else"
     av = pytest.importorskip("av")
-    from featsd.models.videollava import ask
+    from featsd.models.videollava import ask_videollava
     with av.open(str(tmp_path/"good.mp4"), "w") as out:
         stream = out.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for i in range(12): out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 * i, np.uint8), format="rgb24")))
+        for i in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 * i, np.uint8), format="rgb24")
+            out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    ask(str(folder), str(tmp_path/"good.mp4"), "Why?", max_new_tokens=2)
+    ask_videollava(str(folder), str(tmp_path/"good.mp4"), "Why?", max_new_tokens=2)
     good = (tmp_path/"good.mp4").read_bytes()
-    content = {"playlist": b"ffconcat version 1.0\nfile good.mp4\n", "hls": b"#EXTM3U\n#EXTINF:2,\ngood.mp4\n#EXT-X-ENDLIST\n", "text": b"hello " * 99, "empty": b"", "cut": good[:100]}
+    content = {"playlist": b"ffconcat version 1.0\nfile good.mp4\n",
+               "hls": b"#EXTM3U\n#EXTINF:2,\ngood.mp4\n#EXT-X-ENDLIST\n", "text": b"hello " * 99, "empty": b"",
+               "cut": good[:100]}
     (tmp_path/"bad.mp4").write_bytes(content[how])
     opened = []
     real = av.open
     monkeypatch.setattr(av, "open", lambda file, *a, **kw: opened.append((file, kw)) or real(file, *a, **kw))
-    with pytest.raises(FeatsdError) as e: ask(str(folder), str(tmp_path/"bad.mp4"), "Why?", max_new_tokens=2)
+    with pytest.raises(FeatsdError) as e: ask_videollava(str(folder), str(tmp_path/"bad.mp4"), "Why?", max_new_tokens=2)
     assert str(tmp_path/"bad.mp4") in str(e.value) and "\n" not in str(e.value)
     assert opened and all(hasattr(f, "read") and kw["format"] == "mov" for f, kw in opened) # bytes, and no guessing

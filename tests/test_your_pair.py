@@ -1,4 +1,4 @@
-"The lines that `nbs/explore/your_pair.ipynb` tells a user to write, on other pairs of tiny random models: they run, and no drafter changes a token"
+"The lines that `nbs/lab/your_pair.ipynb` tells a user to write, on other pairs: they run, no drafter changes a token"
 import json
 from pathlib import Path
 
@@ -8,18 +8,20 @@ from tiny_checkpoints import small_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from featsd.adapters import load_any_adapter
-from featsd.makers import word_experts
-from featsd.core import FeatsdError
+from featsd.fit import word_experts
+from featsd.base.core import FeatsdError
 from featsd.data.clips import open_clips
 from featsd.data.store import open_states, verify_store
-from featsd.decode import AdversarialDraft, Sampling, encode_prompt, plain_decode, speculative_decode
-from featsd.drafters import NEEDS, make_drafter
+from featsd.decode import (
+    AdversarialDraft, Sampled, Sampling, drafter_classes, encode_prompt, plain_decode, speculative_decode)
+from featsd.drafters import Kit, make_drafter
 from featsd.models.backbone import Pair
 from featsd.models.checkpoint import quiet_transformers
-from featsd.nulls import answers_of
+from featsd.data.answers import answers_of
 
-NOTEBOOK = Path(__file__).parents[1]/"nbs"/"explore"/"your_pair.ipynb"
-CELLS = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+NOTEBOOK = Path(__file__).parents[1]/"nbs"/"lab"/"your_pair.ipynb"
+CELLS = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+         if c["cell_type"] == "code"]
 
 
 def cell(name): # the notebook's own lines
@@ -37,8 +39,10 @@ def checkpoint(folder, seed, added=(), **sizes):
     return folder
 
 
-PAIRS = {"narrow draft": (dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4), ()),
-         "wide draft, own added token": (dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1), ("<event>",))}
+PAIRS = {"narrow draft": (dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                               num_key_value_heads=4), ()),
+         "wide draft, own added token": (dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2,
+                                              num_attention_heads=4, num_key_value_heads=1), ("<event>",))}
 TARGET = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -47,9 +51,11 @@ def ran(request, tmp_path_factory):
     "Names after the notebook's run"
     out = tmp_path_factory.mktemp("mine")
     sizes, added = PAIRS[request.param]
-    names = {"out": out, "questions": open_clips("pocket", "test", 1).questions, "draft_folder": checkpoint(out/"d", 11, added, **sizes),
+    names = {"out": out, "questions": open_clips("pocket", "test", 1).questions,
+             "draft_folder": checkpoint(out/"d", 11, added, **sizes),
              "target_folder": checkpoint(out/"t", 12, **TARGET)}
-    for source in (CELLS[0], cell("the class"), cell("the check"), cell("the run")): exec(compile(source, str(NOTEBOOK), "exec"), names)
+    for source in (CELLS[0], cell("the class"), cell("the check"),
+                   cell("the run")): exec(compile(source, str(NOTEBOOK), "exec"), names)
     return names
 
 
@@ -67,12 +73,16 @@ def test_every_drafter_gives_the_targets_own_ids(ran):
     adapter = load_any_adapter(ran["run"]["best_model"])[0]
     prompts = [encode_prompt(pair, clips[i], q) for i in range(2) for q in asked]
     with torch.no_grad():
-        own = [pair.target.lm.generate(inputs_embeds=p.target.embeds, attention_mask=torch.ones(p.target.embeds.shape[:2], dtype=torch.long), max_new_tokens=20,
-                                       do_sample=False, eos_token_id=2, pad_token_id=0)[0].tolist() for p in prompts] # transformers' answers
-    for name in NEEDS:
-        drafter = make_drafter(name, pair, adapter, tables, templates, max_new_tokens=20)
+        def theirs(p): # transformers' answer
+            mask = torch.ones(p.target.embeds.shape[:2], dtype=torch.long)
+            return pair.target.lm.generate(inputs_embeds=p.target.embeds, attention_mask=mask, max_new_tokens=20,
+                                           do_sample=False, eos_token_id=2, pad_token_id=0)[0].tolist()
+        own = [theirs(p) for p in prompts]
+    for name in [n for n, c in drafter_classes().items() if c.__module__.startswith("featsd.")]:
+        drafter = make_drafter(name, Kit(pair, adapter, tables, templates, max_new_tokens=20))
         for gamma in (1, 3, 8):
-            assert [speculative_decode(pair.target, drafter, p, gamma, max_new_tokens=20).ids for p in prompts] == own, (name, gamma)
+            said = [speculative_decode(pair.target, drafter, p, gamma, max_new_tokens=20).ids for p in prompts]
+            assert said == own, (name, gamma)
     assert own == [plain_decode(pair.target, p, max_new_tokens=20).ids for p in prompts]
 
 
@@ -81,9 +91,10 @@ def test_a_decoder_that_ignores_the_target_is_found(ran):
     pair, prompt = ran["pair"], encode_prompt(ran["pair"], open_clips("pocket", "test", 1)[0], ran["questions"][0])
     adversary = AdversarialDraft(pair.target, 20)
     adversary.start(prompt)
-    assert adversary.draft(8).ids[:4] != plain_decode(pair.target, prompt, max_new_tokens=20).ids[:4]
-    assert speculative_decode(pair.target, adversary, prompt, 4, max_new_tokens=20).ids == plain_decode(pair.target, prompt, max_new_tokens=20).ids
-    hot = [speculative_decode(pair.target, adversary, prompt, 4, Sampling(2., seed=s), 20).ids for s in (0, 1)]
+    assert adversary.propose(8).ids[:4] != plain_decode(pair.target, prompt, max_new_tokens=20).ids[:4]
+    plain = plain_decode(pair.target, prompt, max_new_tokens=20).ids
+    assert speculative_decode(pair.target, adversary, prompt, 4, max_new_tokens=20).ids == plain
+    hot = [speculative_decode(pair.target, adversary, prompt, 4, Sampled(Sampling(2., seed=s)), 20).ids for s in (0, 1)]
     assert hot[0] != hot[1] # sampling really samples
 
 
@@ -117,4 +128,5 @@ def test_another_tokenizer_is_refused(ran, tmp_path):
     vocab = tokens["model"]["vocab"]
     vocab[3:150] = vocab[3:150][::-1]
     (other/"tokenizer.json").write_text(json.dumps(tokens))
-    with pytest.raises(FeatsdError, match="one shared vocabulary"): Pair(ran["Mine"](other, lambda clip: clip.frames), ran["target"])
+    mine = ran["Mine"](other, lambda clip: clip.frames)
+    with pytest.raises(FeatsdError, match="one shared vocabulary"): Pair(mine, ran["target"])

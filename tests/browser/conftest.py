@@ -59,12 +59,12 @@ def lab(chromium, tmp_path_factory):
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip", "127.0.0.1", "--port", str(port), "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
                                    "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={home/'root'}"], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        for _ in range(120):
+        while True:
             if server.poll() is not None: pytest.fail("JupyterLab ended:\n" + (home/"lab.log").read_text()[-2000:])
-            try: urllib.request.urlopen(f"{url}/api?token={token}", timeout=5); break
+            try: urllib.request.urlopen(f"{url}/api?token={token}", timeout=60); break
             except (urllib.error.URLError, OSError): time.sleep(.5)
         yield url, token, home/"root"
     finally:
         server.terminate() # ends its kernels too
-        try: server.wait(30)
+        try: server.wait(600)
         except subprocess.TimeoutExpired: server.kill()
