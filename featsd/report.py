@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .adapters import load_any_adapter
+from .adapters import LEVELS, load_any_adapter
 from .base.core import FeatsdError, atomic_write, home, lib_versions, plain_values, read_json, write_json
 from .base.costs import SDConfig, TimingConfig, chart_waterfall, study_waterfall, timing_of_study
 from .base.figures import Chart, chart_of, kept_chart, write_html
@@ -112,7 +112,7 @@ def cheapest(runs, slack=.005):
     enough = max(r["val_token_top1"] for r in runs) - slack
     return min((r for r in runs if r["val_token_top1"] >= enough), key=lambda r: (r["params"], -r["val_token_top1"]))
 
-def name_of_run(r): return f"L{r['level']} {'KL' if r['loss'] == 'kl' else 'MSE+cos'}"
+def name_of_run(r): return f"{LEVELS[r['level']].label} {'KL' if r['loss'] == 'kl' else 'MSE+cos'}"
 
 def demo_runs(train, size, out, seed=0, progress=False)->list: # of `train_adapter`
     "Every level by the study's loss, then the cheapest good one through the target's head"
