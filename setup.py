@@ -22,7 +22,7 @@ setup(
     package_data={"featsd": ["models/pocket_weights/*", "models/pocket_weights/*/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "lab", "video")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "events", "lab", "video")},
     entry_points={"console_scripts": cfg.get("console_scripts", "").split()},
     zip_safe=False,
 )

@@ -77,17 +77,17 @@ class Level(nn.Module):
     looks_back = False # True: an output needs the positions before it, so that decoding keeps a cache
     study = dict(batch_size=64, learning_rate=1e-3) # what it is trained with from width 1024 on: the study's, at 4096
     unsaid = {}        # what a file means that does not say: argument → value
+    reads, judged, in_all = ("draft",), "val_loss", True # its inputs; what its best epoch is best at; trained by "all"?
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
         if "level" not in vars(cls): return
-        held = LEVELS.get(cls.level, cls)
-        if held.__qualname__ != cls.__qualname__ or held.__module__ != cls.__module__: # else: the same cell, run again
+        held = LEVELS.get(cls.level, cls) # the same one: a cell run again, or a notebook's copy of a room's class
+        if held.__qualname__ != cls.__qualname__ or len({held.__module__, cls.__module__} - {"__main__"}) > 1:
             raise ValueError(f"{cls.__name__}: adapter level {cls.level!r} is taken by {held.__name__}; choose another")
         cls.label = f"L{cls.level}" if str(cls.level)[:1].isdigit() else str(cls.level)
         if "adapter_type" not in vars(cls): cls.adapter_type = f"{cls.label}_{cls.__name__}"
-        LEVELS[cls.level] = cls
-
+        if cls.__module__ != "__main__" or held.__module__ == "__main__": LEVELS[cls.level] = cls # the copy stands back
     @classmethod
     def arguments(cls): # names
         "All that an adapter of this class is built from"
@@ -137,7 +137,7 @@ def _check_config(name, config):
         elif k == "causal": ok, want = type(v) is bool, "True or False"
         elif k == "draft_layers": ok, want = type(v) is int and 0 < v < 1000, "a number of layers"
         elif k == "residual": ok, want = v in ("identity", "linear"), "'identity' or 'linear'"
-        elif k == "head_hash": ok, want = v is None or type(v) is str, "a hash or None"
+        elif k in ("head_hash", "made_for"): ok, want = v is None or type(v) is str, "a hash or None"
         else: ok, want = type(v) in (bool, int, float, str), "a plain value"
         if not ok: raise ValueError(f"{name}: {k} is {v!r}, expected {want}")
     if (width := config["hidden_dim"]) % (heads := config.get("num_heads", 1)):
@@ -148,12 +148,13 @@ def _check_config(name, config):
 class Adapter(Level, OnDisk):
     "Base of all levels, `h̃ = f(h_d)`; a subclass defines `align(h, mask)`. States `[..., T, D]` after the final norm"
     def __init__(self, hidden_dim=4096, target_dim=None, residual="identity", head_hash=None,
-                 draft_layers=None, # states after the draft's first layers; None: after all
+                 draft_layers=None, made_for=None, # states after so many layers of the draft; JSON of the models
                  **own):
         super().__init__()
         width = hidden_dim if target_dim is None else target_dim
         common = dict(level=self.level, hidden_dim=hidden_dim, target_dim=width, residual=residual, head_hash=head_hash)
-        self.config = common | own | ({} if draft_layers is None else {"draft_layers": draft_layers})
+        said = dict(draft_layers=draft_layers, made_for=made_for).items()
+        self.config = common | own | {k: v for k, v in said if v is not None}
         _check_config(type(self).__name__, self.config)
         self.residual_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if residual == "linear" else None
         self.to_target = None if width == hidden_dim else nn.Linear(hidden_dim, width, bias=False)
@@ -257,7 +258,8 @@ class Bottlenecks(Adapter):
     def folded(self, head):
         "Norms' scales and shifts go into the matrices behind them: one bottleneck and the head are eight operations"
         lm = getattr(head, "lm_head", None)
-        if type(lm) is not nn.Linear or {self.dtype, lm.weight.dtype} != {torch.float32}: return super().folded(head)
+        plain = getattr(head, "plain", True) and type(lm) is nn.Linear
+        if not plain or {self.dtype, lm.weight.dtype} != {torch.float32}: return super().folded(head)
         D, eps = (self.hidden_dim,), self.final_norm.eps
         last = lm.weight if self.to_target is None else lm.weight @ self.to_target.weight
         last, shift = _fold_norm(self.final_norm, last)
@@ -526,8 +528,8 @@ def infer_sizes(state:dict,   # name → tensor
         first = next(iter(state), "none")
         raise ValueError(f"weights of no known level (first name: {first}), expected those of {_labels()}")
     width = _size(shapes, "to_target.weight") if "to_target.weight" in shapes else own["hidden_dim"]
-    residual = "linear" if "residual_proj.weight" in shapes else "identity"
-    return {"level": cls.level} | own | dict(target_dim=width, residual=residual)
+    linear = "residual_proj.weight" in shapes
+    return dict(level=cls.level, target_dim=width, residual="linear" if linear else "identity") | own
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -559,7 +561,8 @@ def build_adapter(state:dict,        # name → tensor
     "The adapter whose weights these are; ValueError where claim, weights and wish disagree"
     kind = str(claimed.get("adapter_type", ""))
     if known := [k for k, c in LEVELS.items() if kind == c.adapter_type or kind.split("_")[0] == c.label]:
-        claimed = {"level": known[0]} | claimed
+        if (said := claimed.setdefault("level", known[0])) != known[0]:
+            raise ValueError(f"an adapter of type {kind} whose config says level {said!r}")
     elif re.match(r"L\d", kind): raise ValueError(f"an adapter of type {kind}, expected {_labels()}")
     claimed = {k: v for k, v in claimed.items() if v is None or type(v) in (bool, int, float, str)}
     if not claimed.get("use_layer_norm", True) or not claimed.get("use_gelu", True):
@@ -584,6 +587,12 @@ def build_adapter(state:dict,        # name → tensor
     return adapter.eval()
 
 # %% ../nbs/00_adapters.ipynb #load0001
+def _beside(path): # what only the config.json of a run says: the study's B1 is an L5 on the target's states
+    try:
+        with open(Path(path).with_name("config.json"), "rb") as f:
+            return {"vlm_only": json.loads(f.read(2**20))["vlm_only"] is True}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError): return {}
+
 def load_any_adapter(path,            # a file of `save_checkpoint` or of the study, or a folder of `save_pretrained`
                      device="cpu",
                      expect=Adapter,  # class that it must be
@@ -591,11 +600,10 @@ def load_any_adapter(path,            # a file of `save_checkpoint` or of the st
     "Finds the level by itself. Any doubt is a ValueError of one line that names the file"
     _check_device(device)
     if Path(path).is_dir() and (Path(path)/"model.safetensors").is_file():
-        adapter = load_pretrained(path, device, expect=expect)
-        return adapter, {"config": dict(adapter.config)}
+        return (adapter := load_pretrained(path, device, expect=expect)), {"config": dict(adapter.config)}
     ckpt = read_checkpoint(path)
-    claimed = ckpt.get("config") if isinstance(ckpt.get("config"), dict) else {}
-    claimed = claimed | {"adapter_type": ckpt.get("adapter_type", "")}
+    claimed = c if isinstance(c := ckpt.get("config"), dict) else {}
+    claimed = _beside(path) | claimed | {"adapter_type": ckpt.get("adapter_type", "")}
     try: return build_adapter(ckpt["model_state_dict"], claimed, os.path.getsize(path), device, expect), ckpt
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path}: found {e}; use the checkpoint of a matching adapter") from None
@@ -612,6 +620,7 @@ def check_head(adapter,    # an Adapter
     if known is not None and known != head.hash:
         raise ValueError(f"adapter trained against head {known[:16]}, found head {head.hash[:16]}; "
                          "use that target model or train an adapter for this one")
+    if "ids" in getattr(adapter, "reads", ()): adapter.tie(head) # its embeddings of the target's tokens
     return known is not None
 
 def check_depth(adapter, manifest, where):
@@ -632,12 +641,12 @@ tags: [speculative-decoding, hidden-state-adapter]
 ---
 # {kind}
 
-Turns draft states of width {hidden_dim} into target states of width {target_dim}, after the final norm; \
+Turns states of width {hidden_dim} into target states of width {target_dim}, after the final norm; \
 {n:,} parameters. Trained against head `{head}`: it serves no other target.
 
 ```python
-from featsd.adapters import Adapter
-adapter = Adapter.from_pretrained("this folder")
+from {module} import {name}
+adapter = {name}.from_pretrained("this folder")
 ```
 """
 
@@ -653,6 +662,7 @@ def _baseline(n): # one of a measurement's nulls → ["name (stream) share of ri
 def model_card(adapter, metrics=None) -> str: # metrics: acceptance_metrics.json of featsd_measure, as a dict
     "README.md of an adapter: what it is and what was measured; nothing is claimed that is not in `metrics`"
     card = _CARD.format(kind=adapter.adapter_type, n=adapter.get_num_parameters(), hidden_dim=adapter.hidden_dim,
+                        module=type(adapter).__module__, name=type(adapter).__name__,
                         target_dim=adapter.target_dim, head=adapter.config.get("head_hash") or "not recorded")
     if not metrics:
         return card + ("\nNo measurement came with it. `featsd_measure` makes one; "
@@ -738,8 +748,7 @@ def _median_ms(fn, runs, device, between=lambda: None):
 
 def copy_bandwidth(device="cpu", n_bytes=256 * 2**20, runs=5) -> float:
     "Bytes per second that a large copy reads and writes on this machine"
-    src = torch.ones(n_bytes, dtype=torch.uint8, device=device)
-    dst = torch.empty_like(src)
+    dst = torch.empty_like(src := torch.ones(n_bytes, dtype=torch.uint8, device=device))
     return 2 * n_bytes / (_median_ms(lambda: dst.copy_(src), runs, device) / 1e3)
 
 # %% ../nbs/00_adapters.ipynb #cost0002
@@ -752,7 +761,7 @@ def adapter_summary(hidden_dim=4096,   # width of the states
     if runs < 1: raise ValueError(f"runs is {runs}, expected at least 1")
     _check_device(device)
     bandwidth, flush, rows = copy_bandwidth(device), torch.ones(64 * 2**20, dtype=torch.uint8, device=device), []
-    for level, cls in LEVELS.items():
+    for level, cls in ((k, c) for k, c in LEVELS.items() if c.in_all):
         f, h = create_adapter(level, hidden_dim).eval().to(device), torch.randn(1, 1, hidden_dim, device=device)
         size = sum(p.nbytes for p in f.parameters())
         ms = _median_ms(lambda f=f, h=h: f.step(h), runs, device, between=lambda: flush.add_(1))

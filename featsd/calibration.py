@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BUCKETS', 'CONJECTURE', 'SHOWN', 'SCORES', 'GAINS', 'auroc', 'share_by_clip', 'resampled', 'Reliability',
            'reliability', 'reliability_of', 'conjecture', 'per_question', 'Laws', 'expert_laws', 'joined_laws',
-           'fit_weights', 'product', 'fit_fusion', 'word_tables', 'Gain', 'cross_modal_gain', 'Calibration',
-           'calibrate', 'calibrate_to_folder', 'worth_of_events', 'gains', 'claims_table', 'buckets_table',
-           'scores_table', 'gain_table', 'calibration_report', 'chart_reliability', 'calibration_figures']
+           'fit_weights', 'product', 'fit_fusion', 'OwnGain', 'pair_laws', 'own_gain', 'own_gain_table', 'word_tables',
+           'Gain', 'cross_modal_gain', 'Calibration', 'calibrate', 'calibrate_to_folder', 'worth_of_events', 'gains',
+           'claims_table', 'buckets_table', 'scores_table', 'gain_table', 'calibration_report', 'chart_reliability',
+           'calibration_figures']
 
 # %% ../nbs/03b_calibration.ipynb #cell002
 import copy
@@ -150,7 +151,10 @@ def expert_laws(states, # `States`
         if batch.ids is None: raise FeatsdError("these states hold no token ids; extract them with featsd_extract")
         mask = batch.mask.bool()
         with torch.no_grad(): rows = align(batch)
-        for b, h in enumerate((rows[mask] if rows.ndim == 3 else rows).split(mask.sum(1).tolist())):
+        rows = rows[mask] if rows.ndim == 3 else rows
+        if not (named := rows.isfinite().all(-1)).all(): # an own-state head names no first token
+            mask[mask.clone()], rows = named, rows[named]
+        for b, h in enumerate(rows.split(mask.sum(1).tolist())):
             words = per_question(table, states.pairs[batch.index[b]].question)
             if words is None or not len(h): continue
             text, at = batch.ids[b][batch.ids[b] >= 0], mask[b].nonzero()[:, 0] # a masked state's token stays context
@@ -210,6 +214,68 @@ def fit_fusion(states, table, adapter, head, stream="draft_forced", max_pairs=40
     laws = joined_laws(expert_laws(states, table, adapter, head, stream, max_pairs))
     return fit_weights(laws.ids, laws.words, laws.aligned)
 
+# %% ../nbs/03b_calibration.ipynb #gown0002
+@dataclass
+class OwnGain:
+    "What the second sensor adds to the target's own states, bits per target token; intervals grouped by clip"
+    weights: tuple      # of own-state head and aligned draft in the product
+    own: Interval       # CE(own)
+    aligned: Interval   # CE(aligned) at the same tokens
+    fused: Interval     # CE(own ⊕ aligned)
+    gain: Interval      # G_own = own − fused
+    net: Interval       # the same over own alone, sharpened
+    wrong: Interval     # G_own of another clip's events, with weights of its own; None where they are not stored
+    n: int              # tokens
+
+def pair_laws(states, own, adapter, head, stream, max_pairs=None): # yields ids [n], two log-laws [n, V], pair
+    "Answer by answer, the tokens that both name: an own-state head names no first one"
+    a, b, left = aligner(own), aligner(adapter), max_pairs
+    for batch in states.batches(stream, batch_pairs=16):
+        mask = batch.mask.bool()
+        with torch.no_grad(): rows = [r[mask] if r.ndim == 3 else r for r in (a(batch), b(batch))]
+        lens, ids = mask.sum(1).tolist(), batch.ids[mask].split(mask.sum(1).tolist())
+        for i, y, *h in zip(batch.index, ids, *(r.split(lens) for r in rows), strict=True):
+            good = torch.stack([x.isfinite().all(-1) for x in h]).all(0)
+            if not good.any(): continue
+            yield y[good], *(head.logits(x[good]).double().log_softmax(-1) for x in h), i
+            if left is not None and (left := left - 1) == 0: return
+
+# %% ../nbs/03b_calibration.ipynb #gown0003
+def _fit_pair(val, own, adapter, head, stream, max_pairs): # weights of the product, weight of own alone
+    parts = [x[:3] for x in pair_laws(val, own, adapter, head, stream, max_pairs)]
+    ids, a, b = map(torch.cat, zip(*parts, strict=True))
+    return fit_weights(ids, a, b), fit_weights(ids, a)
+
+def own_gain(own, adapter, test, val, head=None, n_boot=400, max_pairs=200)->OwnGain: # of validation answers
+    "`G_own` on held-out answers, reading the target's words"
+    head = head or test.head()
+    for f in (own, adapter): check_head(f, head)
+    def scored(stream):
+        weights, alone = _fit_pair(val, own, adapter, head, stream, max_pairs)
+        sums, tokens, clips = [], [], []
+        for ids, a, b, i in pair_laws(test, own, adapter, head, stream):
+            laws = a, product(alone, a), b, product(weights, a, b)
+            sums.append([-float(z.gather(1, ids[:, None]).sum()) / np.log(2) for z in laws])
+            tokens.append(len(ids))
+            clips.append(test.pairs[i].clip_id)
+        mean = lambda v: clip_bootstrap(v, clips, n_boot, weights=np.array(tokens))
+        return weights, np.array(sums).T, mean, sum(tokens)
+    weights, (o, s, a, f), mean, n = scored("draft_forced")
+    wrong = None
+    if all("draft_wrong" in x.manifest["streams"] for x in (test, val)):
+        _, (o2, _, _, f2), mean2, _ = scored("draft_wrong")
+        wrong = mean2(o2 - f2)
+    return OwnGain(weights, mean(o), mean(a), mean(f), mean(o - f), mean(s - f), wrong, n)
+
+def own_gain_table(g)->Table: # of `own_gain`
+    "One line, and what may be concluded"
+    says = ("knows what the target's own states do not name" if g.net.low > 0 else
+            "misleads" if g.net.high < 0 else "adds nothing that these clips can show")
+    return Table("Beside the target's own states, bits per target token", [
+        Column("own", ".3f"), Column("aligned", ".3f"), Column("own ⊕ aligned", ".3f"), Column("G_own", ".3f"),
+        Column("net of sharpening", ".3f"), Column("G_own, wrong clip", ".3f"), Column("tokens", ",")],
+        [[g.own, g.aligned, g.fused, g.gain, g.net, g.wrong, g.n]], [f"The second sensor {says}."])
+
 # %% ../nbs/03b_calibration.ipynb #cell020
 def word_tables(words, # Answers of training clips
                 val,   # Answers of validation clips
@@ -252,9 +318,8 @@ def cross_modal_gain(states, table, adapter, head, weights, sharpen=1., stream="
         sums.append([-float(z.gather(1, ids).sum()) / np.log(2) for z in laws])
         tokens.append(len(x.ids))
         index.append(int(x.index[0]))
-        top = fused.max(-1)
         sure["n-gram table"].append((x.share, x.choice == x.ids.numpy()))
-        sure["fused law"].append((top.values.exp().numpy(), (top.indices == x.ids).numpy()))
+        sure["fused law"].append((fused.max(-1).values.exp().numpy(), (fused.argmax(-1) == x.ids).numpy()))
     if not sums:
         raise FeatsdError("cross_modal_gain: no answer to score; give a store whose questions the n-gram table knows")
     pairs = [states.pairs[i] for i in index]
@@ -280,6 +345,7 @@ class Calibration:
     nulls: dict      # baseline -> score -> Reliability
     claims: dict     # stream -> "cos" | "centred" -> rows of `conjecture`
     gains: dict = field(default_factory=dict) # "forced" | "free" | "wrong clip" | "wrong clip, refitted" -> Gain
+    own: OwnGain = None # beside a head on the target's own states
     notes: list = field(default_factory=list)
 
     def report(self)->str: return calibration_report(self)
@@ -302,22 +368,27 @@ def calibrate(m, # Measurement of the adapter on `test`
               adapter=None, # the adapter or its checkpoint: with val, test and words for the gain
               test=None, val=None, # States
               words=None, # Answers of training clips, or a table ready fitted, or {question: table}
-              head=None, n_boot=400, max_pairs=400)->Calibration: # of validation answers
+              head=None, n_boot=400, max_pairs=400, # of validation answers
+              own=None, # an own-state head: adds `G_own`
+             )->Calibration:
     "Token match by cosine and confidence from a measurement's scores; with validation states and words the gain"
-    own = {s: m.scores[s, m.name] for s in m.metrics}
-    if (s := next((s for s, x in own.items() if x.rank is None), None)) is not None:
+    mine = {s: m.scores[s, m.name] for s in m.metrics}
+    if (s := next((s for s, x in mine.items() if x.rank is None), None)) is not None:
         raise FeatsdError(f"calibrate: the measurement of {m.name} compared no tokens on {s}; "
                           "give `measure` the target's head")
-    first = (next(iter(own)), "draft_wrong")
+    first = (next(iter(mine)), "draft_wrong")
     beside = {k: x for (s, k), x in m.scores.items() if k in SHOWN and k != m.name and s in first}
     known = lambda x: {k: reliability_of(x, k, n_boot) for k in SCORES if getattr(x, k) is not None}
     claims = lambda x: {k: conjecture(x, k, n_boot) for k in ("cos", "centred") if getattr(x, k) is not None}
     out = Calibration(m.name, *({k: f(x) for k, x in of.items()}
-                                for f, of in ((known, own), (known, beside), (claims, own))))
+                                for f, of in ((known, mine), (known, beside), (claims, mine))))
     if val is None or test is None or words is None:
         out.notes.append("No validation states or no training answers were given, so the cross-modal gain is not "
                          "known.")
     else: out.gains = gains(adapter, test, val, words, head or test.head(), n_boot, max_pairs, out.notes)
+    if own is not None and adapter is not None and val is not None and test is not None:
+        own, adapter = (load_any_adapter(x)[0] if isinstance(x, (str, Path)) else x for x in (own, adapter))
+        out.own = own_gain(own, adapter, test, val, head, n_boot)
     return out
 
 SCORES = {"cos": "cos (aligned, target), mean of bucket", "centred": "centred cos, mean of bucket",
@@ -326,12 +397,12 @@ SCORES = {"cos": "cos (aligned, target), mean of bucket", "centred": "centred co
 # %% ../nbs/03b_calibration.ipynb #calib002
 def calibrate_to_folder(m, # Measurement, saved in `m.folder`
                         checkpoint, test_data, val_data=None, train_data=None, # paths
-                        n_boot=400)->Calibration | None: # None where no token was compared
+                        n_boot=400, own=None)->Calibration | None: # None where no token was compared
     "`calibrate` beside a measurement, from files; adds calibration.json, calibration.txt and pictures to its folder"
     if any(m.scores[s, m.name].rank is None for s in m.metrics): return None
     test, val = open_states(test_data), None if val_data is None else open_states(val_data)
     words = None if train_data is None else answers_of(open_states(train_data))
-    c = calibrate(m, checkpoint, test, val, words, None, n_boot)
+    c = calibrate(m, checkpoint, test, val, words, None, n_boot, own=own)
     c.save(m.folder)
     return c
 
@@ -442,6 +513,7 @@ def calibration_report(c:Calibration)->str:
         if have: parts.append(buckets_table(k, have))
     parts.append(scores_table(c))
     if c.gains: parts.append(gain_table(c.gains))
+    if c.own: parts.append(own_gain_table(c.own))
     return "\n\n".join(map(str, parts)) + "\n" + "\n".join(c.notes)
 
 # %% ../nbs/03b_calibration.ipynb #cell024
@@ -471,6 +543,7 @@ def calibration_figures(c:Calibration)->dict: # file name -> Chart
         if k == "cos": series.append(Series("the study's conjecture", at, said, kind="points", colour=6))
         out[f"reliability_{k}"] = chart_reliability(series, f"{c.name}: same token by {k}", x)
     bars = [(k, g.gain, g.n, "wrong" in k) for k, g in c.gains.items()]
+    if c.own: bars.append(("forced, over the target's own states", c.own.gain, c.own.n, False))
     title, x = f"{c.name}: cross-modal gain on held-out clips", "G (bits per target token)"
     if bars: out["cross_modal_gain"] = chart_intervals(bars, title, x)
     return out

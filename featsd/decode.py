@@ -10,6 +10,7 @@ __all__ = ['Prompt', 'encode_prompt', 'Draft', 'Verified', 'Sampling', 'Drafter'
            'check_batch', 'read_blocks', 'Certificate', 'logits_along', 'wide_decode', 'certify']
 
 # %% ../nbs/05_decode.ipynb #cell002
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .base.core import FeatsdError, lib_versions, write_json
+from .models.align import Retold
 from .models.backbone import Prefix
 
 # %% ../nbs/05_decode.ipynb #cell005
@@ -44,6 +46,7 @@ class Draft:
     probs: Tensor = None # [γ, V] the laws q that the tokens were really drawn from
     confidence: list = None # [γ] how sure the drafter is
     states: Tensor = None # [γ, D] aligned states, for the lossy mode
+    words_ms: float = 0. # of the time it took, spent on text between two tokenizers
 
 @dataclass
 class Verified:
@@ -93,11 +96,11 @@ class Sampling:
 class Drafter:
     "Base of all drafters: a subclass defines `propose`; one with a `name` of its own is found by it"
     name = "drafter"
-    kind = "null" # "sensor" reads the draft's states, "null" does not, "limit" knows the answer
+    kind = "null" # "sensor" reads the draft's states, "own" the target's, "null" neither, "limit" knows the answer
     needs = () # fields of the kit that must be there
     compared = True # takes part in a comparison that names no drafters
+    remote = True # can draft in another process, where the target's states are not at hand
     calls = 0 # forwards of the draft model so far
-
     @classmethod
     def make(cls, kit): return cls() # kit: `featsd.drafters.Kit`
 
@@ -109,9 +112,12 @@ class Drafter:
         "What may follow `self.ids`, the answer so far"
         raise NotImplementedError(f"{type(self).__name__}.propose")
 
-    def accept(self, ids:list, next_id:int):
-        "What stands of the proposal, and the target's own token after it"
+    def accept(self, ids:list, next_id:int, states=None): # [n+1, D] the target's states that chose these tokens
+        "What stands of the proposal, the target's own token after it, and the states that the target has of them"
         self.ids += [*ids, next_id]
+
+    def at(self, ids:list):
+        self.ids = list(ids) # the answer so far, whatever was thought before: who writes on ahead turns back with it
 
     def weights_read(self)->int: return 0 # numbers that a drafted token makes this drafter read
     def __repr__(self): return f"{type(self).__name__}()"
@@ -152,10 +158,12 @@ def drafter_classes()->dict: # name → class
 
 def parts_of(name:str)->list: # classes
     "The class behind a name, or the classes behind several names joined by '+'"
-    known, names = drafter_classes(), name.split("+")
-    if wrong := [n for n in names if n not in known]:
-        raise FeatsdError(f"drafter {wrong[0]!r}: expected one of {', '.join(known)}, or several joined by '+'")
-    return [known[n] for n in names]
+    known, rest, out = drafter_classes(), name.split("+"), []
+    while rest: # the longest name first: "own+event" is one
+        n = next((n for k in range(len(rest), 0, -1) if (n := "+".join(rest[:k])) in known), None)
+        if not n: raise FeatsdError(f"drafter {rest[0]!r}: expected one of {', '.join(known)}, or several with '+'")
+        out, rest = [*out, known[n]], rest[n.count("+") + 1:]
+    return out
 
 def needs_of(name:str)->set: return {field for c in parts_of(name) for field in c.needs} # of the kit
 
@@ -163,7 +171,8 @@ def needs_of(name:str)->set: return {field for c in parts_of(name) for field in 
 def weights_of(model, # Backbone
                head, adapter=None)->int:
     "Numbers that one step reads: the decoder without its embeddings, the head, the adapter"
-    decoder = sum(p.numel() for n, p in model.decoder.named_parameters() if "embed_tokens" not in n)
+    table = getattr(getattr(model, "embed", None), "weight", None) # of which a step reads one row
+    decoder = sum(p.numel() for n, p in model.decoder.named_parameters() if p is not table and "embed_tokens" not in n)
     own = 0 if adapter is None else sum(p.numel() for p in adapter.parameters())
     return decoder + head.lm_head.weight.numel() + own
 
@@ -254,9 +263,9 @@ class Decoded:
     @property
     def cycles(self): return len(self.accepted)
     @property
-    def tau(self): return len(self.ids) / max(self.cycles, 1) # tokens per cycle
+    def tau(self): return len(self.ids) / self.cycles if self.cycles else math.nan # tokens per cycle
     @property
-    def acceptance(self): return sum(self.accepted) / max(sum(self.drafted), 1)
+    def acceptance(self): return sum(self.accepted) / sum(self.drafted) if sum(self.drafted) else math.nan
     @property
     def decode_ms(self): return sum(self.cycle_ms)
     @property
@@ -265,15 +274,15 @@ class Decoded:
     def tokens_per_s(self): return 1e3 * len(self.ids) / max(self.decode_ms, 1e-9)
 
 # %% ../nbs/05_decode.ipynb #cell029
-def proposal(drafter, said, gamma, limit, eos)->Draft:
+def proposal(drafter, said, gamma, limit, ends)->Draft:
     "At most γ tokens, none beyond the limit (the target adds one itself) and none after an end token"
-    left = limit - said - 1
+    left, words = limit - said - 1, Retold.words_ms
     draft = drafter.propose(min(gamma, left)) if left else Draft([])
-    draft.ids = trim(draft.ids[:left], eos)
+    draft.ids, draft.words_ms = trim(draft.ids[:left], ends), Retold.words_ms - words
     return draft
 
-def trim(ids, eos): # what follows an end token can never be said
-    return ids[:ids.index(eos) + 1] if eos in ids else ids
+def trim(ids, ends): # what follows an end token can never be said
+    return next((ids[:i + 1] for i, t in enumerate(ids) if t in ends), ids)
 
 def verify_draft(target, state, pending, draft, rule)->Verified:
     "The target reads the pending token and the draft in one forward"
@@ -296,37 +305,37 @@ def speculative_decode(target, # Backbone: p
                       )->Decoded:
     "Leviathan et al. 2023: the target's own answer, some tokens at a time"
     check_decoding(gamma, max_new_tokens, rule)
-    now, eos, t0 = time.perf_counter, target.eos_id, time.perf_counter()
+    now, ends, t0 = time.perf_counter, target.eos_ids, time.perf_counter()
     state = target.prefill([prompt.target])
     start, t1 = int(state.lengths[0]), now()
     drafter.start(prompt, rule.sampling)
     out = Decoded([], [], [], [], 1e3 * (t1 - t0), 1e3 * (now() - t1), [], [], [], rule.mode)
     ids, pending, agreed = out.ids, [], 0
-    while len(ids) < max_new_tokens and (not ids or ids[-1] != eos):
+    while len(ids) < max_new_tokens and (not ids or ids[-1] not in ends):
         t0 = now()
-        draft = proposal(drafter, len(ids), gamma, max_new_tokens, eos) # x_1..x_γ ~ q
+        draft = proposal(drafter, len(ids), gamma, max_new_tokens, ends) # x_1..x_γ ~ q
         t1 = now()
         got = verify_draft(target, state, pending, draft, rule) # n accepted, the next one from p
         t2, x, n = now(), draft.ids, got.n
-        new = trim(x[:n] + [got.next_id], eos)
+        new = trim(x[:n] + [got.next_id], ends)
         ids += new
         target.rollback(state, [start + len(ids) - 1]) # all that stands but the last, which nobody has read
-        drafter.accept(x[:n], got.next_id)
+        drafter.accept(x[:n], got.next_id, got.h[:n + 1])
         pending = new[-1:]
-        book(out, x, n, len(new), t0, t1, t2, now())
+        book(out, x, n, len(new), t0, t1, t2, now(), draft.words_ms)
         if rule.mode == "lossy": agreed += sum(a == b for a, b in zip(x[:n], got.p))
         if watch: watch(new, min(n, len(new)))
-    if rule.mode == "lossy": out.agreement = agreed / max(sum(out.accepted), 1)
+    if rule.mode == "lossy": out.agreement = agreed / sum(out.accepted) if sum(out.accepted) else math.nan
     return out
 
 # %% ../nbs/05_decode.ipynb #cell031
-def book(out, x, n, new, t0, t1, t2, t3):
-    "One cycle: x was verified, n of it stood, `new` tokens were said"
+def book(out, x, n, new, t0, t1, t2, t3, text=0.): # text: ms of drafting that went into text
+    "One cycle: x was verified, n of it stood, `new` tokens were said; work on text is overhead, not drafting"
     out.from_draft += [True] * min(n, new) + [False] * (new - min(n, new))
     out.accepted.append(n)
     out.drafted.append(len(x))
     out.blocks.append(x)
-    out.draft_ms.append(1e3 * (t1 - t0))
+    out.draft_ms.append(1e3 * (t1 - t0) - text)
     out.verify_ms.append(1e3 * (t2 - t1))
     out.cycle_ms.append(1e3 * (t3 - t0))
 
@@ -354,7 +363,7 @@ def plain_decode(target, prompt:Prompt, rule:Rule=Greedy(), max_new_tokens:int=5
         t1 = now()
         out.cycle_ms.append(1e3 * (t1 - t0))
         if watch: watch([token], 0)
-        if len(out.ids) >= max_new_tokens or token == target.eos_id: break
+        if len(out.ids) >= max_new_tokens or token in target.eos_ids: break
         t0 = t1
         h = target.step(state, torch.tensor([[token]], device=h.device))[:, 0]
     k = len(out.ids)
@@ -432,12 +441,11 @@ def exact_law(run, # sampling -> ids
 # %% ../nbs/05_decode.ipynb #cell052
 @torch.no_grad()
 def speculative_decode_batch(target, drafters, # one per prompt
-                             prompts, gamma:int=5, rule:Rule=Greedy(), max_new_tokens:int=50,
-                            )->list: # `Decoded` per prompt; times are the row's share of the batch's
-    "`speculative_decode` for B prompts with one target forward per cycle"
+                             prompts, gamma:int=5, rule:Rule=Greedy(), max_new_tokens:int=50)->list: # `Decoded` each
+    "`speculative_decode` for B prompts with one target forward per cycle; times are the row's share of the batch's"
     check_decoding(gamma, max_new_tokens, rule)
     check_batch(drafters, prompts, rule)
-    now, eos, t0 = time.perf_counter, target.eos_id, time.perf_counter()
+    now, ends, t0 = time.perf_counter, target.eos_ids, time.perf_counter()
     state = target.prefill([p.target for p in prompts])
     first, start, t1 = state.h[:, None], state.lengths.tolist(), now() # first: [B, 1, D]
     for d, p in zip(drafters, prompts): d.start(p, rule.sampling)
@@ -445,22 +453,22 @@ def speculative_decode_batch(target, drafters, # one per prompt
     out, rows = [Decoded([], [], [], [], *ms, [], [], []) for _ in prompts], list(range(len(prompts)))
     while rows:
         t0 = now()
-        drafts = [proposal(drafters[r], len(out[r].ids), gamma, max_new_tokens, eos) for r in rows]
-        t1 = now()
+        drafts = [proposal(drafters[r], len(out[r].ids), gamma, max_new_tokens, ends) for r in rows]
+        t1, text = now(), sum(d.words_ms for d in drafts) / len(rows)
         blocks = [out[r].ids[-1:] + d.ids for r, d in zip(rows, drafts)] # pending + x
         h, widths = read_blocks(target, state, blocks, first)
-        p, ends = rule.read(target.head.logits(h)), accumulate(widths) # [sum of widths, V], or the first choices
-        got = [rule.accept(p[end - w:end], d) for d, w, end in zip(drafts, widths, ends)]
+        p, upto = rule.read(target.head.logits(h)), [*accumulate(widths)] # [sum of widths, V], or the first choices
+        got = [rule.accept(p[end - w:end], d) for d, w, end in zip(drafts, widths, upto)]
         t2 = now()
-        new = [trim(d.ids[:n] + [next_id], eos) for d, (n, next_id) in zip(drafts, got)]
-        for r, d, ids, (n, next_id) in zip(rows, drafts, new, got):
+        new = [trim(d.ids[:n] + [next_id], ends) for d, (n, next_id) in zip(drafts, got)]
+        for r, d, ids, (n, next_id), end, w in zip(rows, drafts, new, got, upto, widths):
             out[r].ids += ids
-            drafters[r].accept(d.ids[:n], next_id)
+            drafters[r].accept(d.ids[:n], next_id, h[end - w:end - w + n + 1])
         target.rollback(state, [start[r] + len(out[r].ids) - 1 for r in rows])
-        keep = [i for i, r in enumerate(rows) if len(out[r].ids) < max_new_tokens and out[r].ids[-1] != eos]
+        keep = [i for i, r in enumerate(rows) if len(out[r].ids) < max_new_tokens and out[r].ids[-1] not in ends]
         if 0 < len(keep) < len(rows): target.select(state, torch.tensor(keep, device=state.h.device))
         first, spent = None, [(t - t0) / len(rows) for t in (t1, t2, now())]
-        for r, d, ids, (n, _) in zip(rows, drafts, new, got): book(out[r], d.ids, n, len(ids), 0., *spent)
+        for r, d, ids, (n, _) in zip(rows, drafts, new, got): book(out[r], d.ids, n, len(ids), 0., *spent, text=text)
         rows = [rows[i] for i in keep]
     return out
 
@@ -530,15 +538,14 @@ def wide_decode(target, prompt, width, max_new_tokens=50)->list: # ids
     "Plain greedy decoding in forwards of `width` tokens: the token and padding that is forgotten again"
     state = target.prefill([prompt.target])
     ids, n = [int(target.head.logits(state.h)[0].argmax())], int(state.lengths[0])
-    while len(ids) < max_new_tokens and ids[-1] != target.eos_id:
+    while len(ids) < max_new_tokens and ids[-1] not in target.eos_ids:
         h = target.step(state, torch.tensor([ids[-1:] * width], device=state.h.device))
         ids.append(int(target.head.logits(h[:, 0])[0].argmax()))
         target.rollback(state, [n + len(ids) - 1])
     return ids
 
 # %% ../nbs/05_decode.ipynb #cell059
-def certify(target, drafter:Drafter, prompts, gamma:int=5, max_new_tokens:int=50,
-            decode=speculative_decode)->Certificate:
+def certify(target, drafter:Drafter, prompts, gamma=5, max_new_tokens=50, decode=speculative_decode)->Certificate:
     "Is greedy speculative decoding with this drafter the target's own decoding, up to its measured rounding?"
     identical, tokens, band, worst, control, divergences, short = 0, 0, 0., 0., 0, [], []
     for k, prompt in enumerate(prompts):
@@ -550,7 +557,7 @@ def certify(target, drafter:Drafter, prompts, gamma:int=5, max_new_tokens:int=50
         worst = max(worst, (narrow.max(-1).values - emitted).max().item())
         tokens, identical = tokens + len(ids), identical + (ids == want)
         control += wide_decode(target, prompt, gamma + 1, max_new_tokens) != ids
-        if len(ids) < max_new_tokens and ids[-1] != target.eos_id: short.append(k)
+        if len(ids) < max_new_tokens and ids[-1] not in target.eos_ids: short.append(k)
         at = next((i for i, (a, b) in enumerate(zip(want, ids)) if a != b), None)
         if at is not None:
             top = narrow[at].topk(2).values

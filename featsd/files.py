@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['file_kind', 'said_by', 'verify_files', 'is_wrong', 'is_gap', 'claims_of', 'facts_of', 'compare_pair',
-           'study_to_store', 'store_to_study', 'metadata_parquet', 'convert', 'pack']
+           'study_to_store', 'store_to_study', 'metadata_parquet', 'convert', 'packed_name', 'pack']
 
 # %% ../nbs/01a_files.ipynb #c4d3f92f
 import datetime as dt
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+import featsd.own  # noqa: F401, its levels register themselves
 from .adapters import load_any_adapter, load_pretrained
 from .base.core import FeatsdError, atomic_write, read_json, safe_name, write_json
 from .base.processes import this_launch
@@ -36,6 +37,8 @@ from .models.lean import shortened
 from .models.words import NGramTable
 
 # %% ../nbs/01a_files.ipynb #758afd22
+_HEAD = {"norm.weight", "lm_head.weight", "lm_head.bias"}
+
 def file_kind(path)->str: # store, states, run, adapter, ngram, head, study_head, or unknown
     "What a file or folder holds"
     path = Path(path)
@@ -53,7 +56,7 @@ def file_kind(path)->str: # store, states, run, adapter, ngram, head, study_head
         except (SafetensorError, OSError) as e:
             raise FeatsdError(f"{path}: expected a safetensors file, "
                               f"found damage ({' '.join(str(e).split())[:120]})") from None
-        return "ngram" if "featsd" in about else "head" if names == {"norm.weight", "lm_head.weight"} else "unknown"
+        return "ngram" if "featsd" in about else "head" if "lm_head.weight" in names <= _HEAD else "unknown"
     try: d = load_pt(path)
     except FeatsdError: return "adapter" # the study's L1 names a class; whether it is one, its own reader says
     keys = {"lm_head_weight": "study_head", "egpt_hidden": "states", "model_state_dict": "adapter"}
@@ -75,7 +78,7 @@ def _checkpoint(path, config=None): # config.json's `adapter`, where it lies in 
 
 def _head(path):
     head = Head.load(path)
-    if not all(w.isfinite().all() for w in (head.norm.weight, head.lm_head.weight)):
+    if not all(w.isfinite().all() for w in head.state_dict().values()):
         raise FeatsdError(f"{path}: holds NaN or infinity; extract it again")
     return f"ok: width {head.hidden_size}, {head.vocab_size} ids, head {head.hash[:12]}"
 
@@ -499,12 +502,15 @@ def convert(source, # a store, or the study's .pt file or chunk folder
     return store_to_study(source, dest, min_tokens, chunk_size or 1000, progress)
 
 # %% ../nbs/01a_files.ipynb #cell017
+def packed_name(split, duration, quant, max_questions, checkpoint_name=None)->str:
+    "`hidden_states_{split}_{duration}_{quant}_{date}_top{N}q.pt`, or the name that is asked for"
+    usual = f"hidden_states_{split}_{duration}_{quant}_{dt.date.today():%Y%m%d}_top{max_questions}q.pt"
+    name = safe_name(checkpoint_name or usual, "checkpoint_name")
+    return name if name.endswith(".pt") else f"{name}.pt"
+
 def pack(path, output_dir, split, duration, quant, max_questions, checkpoint_name=None)->Path:
-    "`hidden_states_{split}_{duration}_{quant}_{date}_top{N}q.pt`, padded float32, the draft's free stream"
-    day = f"{dt.date.today():%Y%m%d}"
-    name = safe_name(checkpoint_name or f"hidden_states_{split}_{duration}_{quant}_{day}_top{max_questions}q.pt",
-                     "checkpoint_name")
-    if not name.endswith(".pt"): name += ".pt"
+    "A store as one file of the study's: padded float32, the draft's free stream"
+    day, name = f"{dt.date.today():%Y%m%d}", packed_name(split, duration, quant, max_questions, checkpoint_name)
     states = open_states(path)
     config = {"split": split, "duration": duration, "quant": quant, "date": day, "max_questions": max_questions,
               "created": dt.datetime.now().isoformat(timespec="seconds"),

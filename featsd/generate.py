@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .adapters import load_any_adapter
-from .base.core import FeatsdError
+from .base.core import FeatsdError, check_file
 from .base.figures import PALETTE, at_home, remember
 from .calibration import fit_fusion
-from .data.clips import open_clips
+from .data.clips import open_clips, shown_to
 from .data.events import render_events
+from .data.identity import model_ids
 from .data.store import open_states
 from .decode import (
     Arm, Decoded, Drafter, Greedy, Prompt, Sampled, certify, encode_prompt, needs_of, plain_decode, run_arm,
     speculative_decode)
-from .drafters import Kit, make_drafter
-from .fit import fit_gate, fit_words, opinions
+from .drafters import Kit, check_models, field_of, make_drafter
+from .fit import adapters_of, fit_gate, fit_words, opinions
 from .models.backbone import load_pair
 from .models.lean import lean
 
@@ -39,15 +39,20 @@ class Candidates(CandidateGenerator):
     def __init__(self, drafter:Drafter, prompt:Prompt, gamma:int, prompt_tokens:int, room:int, # tokens allowed in all
                  wait=False): # propose nothing in the first cycle
         self.drafter, self.gamma, self.start, self.room, self.wait = drafter, gamma, prompt_tokens, room, wait
+        self.drafted, self.states = 0, None
         drafter.start(prompt)
+
+    def see(self, _, inputs): # hook before the model's head: what it reads of the last block, [1, …, D]
+        self.states = inputs[0][0, -self.drafted - 1:]
 
     def get_candidates(self, input_ids, **_): # [1, L] → [1, L + γ], None
         new = input_ids[0, self.start:].tolist()
         if len(new) > len(self.drafter.ids): # the last block is known now: what stands, and the target's own token
             said = new[len(self.drafter.ids):]
-            self.drafter.accept(said[:-1], said[-1])
+            self.drafter.accept(said[:-1], said[-1], None if self.states is None else self.states[:len(said)])
         gamma = 0 if self.wait and not new else min(self.gamma, self.room - len(new) - 1)
         ids = self.drafter.propose(gamma).ids[:gamma] if gamma > 0 else []
+        self.drafted = len(ids)
         return torch.cat([input_ids, torch.tensor([ids], dtype=torch.long, device=input_ids.device)], 1), None
 
     def update_candidate_strategy(self, input_ids, scores, num_matches): pass
@@ -56,13 +61,13 @@ class Candidates(CandidateGenerator):
 def assisted_generate(lm, # causal language model of transformers
                       drafter:Drafter, # any of featsd.drafters
                       prompt:Prompt, # its `target` may be None when `inputs` hold the target's prompt
-                      gamma=5, max_new_tokens=50, eos_token_id=None,
+                      gamma=5, max_new_tokens=50, eos_token_id=None, # an id, or several
                       **inputs): # input_ids or inputs_embeds [1, L, …]; default: prompt.target
     "Greedy `lm.generate` with a featsd drafter: the ids that `lm.generate` would give"
     if not hasattr(lm, "_assisted_decoding") or not hasattr(lm, "_get_candidate_generator"):
         raise FeatsdError("this transformers has no _assisted_decoding; install transformers 5.23, "
                           "or use featsd.decode.speculative_decode")
-    if not inputs: inputs = {"inputs_embeds": prompt.target.embeds}
+    if not inputs: inputs, _ = prompt.target.for_generate()
     first = next(iter(inputs.values()))
     if first.shape[0] != 1:
         raise FeatsdError(f"assisted_generate: batch of {first.shape[0]}, expected 1; use speculative_decode_batch")
@@ -72,19 +77,23 @@ def assisted_generate(lm, # causal language model of transformers
         kwargs = {k: v for k, v in kwargs.items() if k not in ("synced_gpus", "streamer", "assistant_model")}
         made = Candidates(drafter, prompt, gamma, input_ids.shape[1], max_new_tokens, "inputs_embeds" in inputs)
         model._get_candidate_generator = lambda **_: made
+        hook = model.get_output_embeddings().register_forward_pre_hook(made.see)
         try: return model._assisted_decoding(input_ids, *processed, **kwargs)
-        finally: del model._get_candidate_generator
+        finally:
+            hook.remove()
+            del model._get_candidate_generator
 
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     out = lm.generate(**inputs, custom_generate=custom, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
-                      eos_token_id=eos_token_id, pad_token_id=0 if eos_token_id is None else eos_token_id)
+                      eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
     return out[0, length:].tolist()
 
 # %% ../nbs/05c_generate.ipynb #cell014
 @dataclass
 class Recipe:
     "A drafter by name, and the files it is made of"
-    drafter: str = "own" # several joined by "+" make a cascade
-    adapter: str = None  # checkpoint
+    drafter: str = "standard" # several joined by "+" make a cascade
+    adapter: str = None  # checkpoint; several, commas between: an adapter, an own-state head
     words: str = None    # training answers: table file, store or log
     val: str = None      # store of validation clips: fits fusion weights and gate
     min_confidence: float = 0. # drafting stops under it
@@ -93,12 +102,15 @@ def prepare_drafter(recipe:Recipe, pair, questions, max_new_tokens=50)->Drafter:
     "A drafter from files"
     r, needs = recipe, needs_of(recipe.drafter)
     kit = Kit(pair, min_confidence=r.min_confidence, max_new_tokens=max_new_tokens)
-    if r.adapter and "adapter" in needs: kit.adapter = load_any_adapter(r.adapter)[0].eval()
+    if r.adapter and needs & {"adapter", "own", "event"}:
+        for adapter, _ in adapters_of(r.adapter.split(",")).values(): setattr(kit, field_of(adapter), adapter)
+    expert = next((x for k in ("adapter", "own") if k in needs and (x := getattr(kit, k)) is not None), None)
     if r.words and needs & {"ngram", "template"}:
         kit.ngram, template = fit_words(r.words, questions, pair.target)
         kit.template = template or None
-    if r.val and kit.adapter is not None and kit.ngram is not None:
-        made_of = open_states(r.val), kit.ngram, kit.adapter, pair.target.head
+    if r.val and expert is not None and kit.ngram is not None:
+        made_of = open_states(r.val), kit.ngram, expert, pair.target.head
+        check_models(model_ids(made_of[0].manifest), r.val, draft=pair.draft, target=pair.target)
         kit.weights = fit_fusion(*made_of)
         kit.gate = fit_gate(opinions(*made_of, kit.weights))["gate"]
     return make_drafter(r.drafter, kit)
@@ -122,9 +134,10 @@ class Painter:
 def closing_line(done:Decoded, plain:Decoded)->str:
     "What it took, beside plain decoding of the same prompt"
     same = "same ids" if done.ids == plain.ids else "OTHER IDS"
-    if done.mode == "lossy": same = f"LOSSY, {done.agreement:.1%} of accepted tokens are the target's"
+    share = lambda x, form: format(x, form) if x == x else "–" # nothing was drafted, or accepted
+    if done.mode == "lossy": same = f"LOSSY, {share(done.agreement, '.1%')} of accepted tokens are the target's"
     faster = plain.decode_ms / max(done.decode_ms, 1e-9)
-    return (f"{len(done.ids)} tokens, τ {done.tau:.2f}, acceptance {done.acceptance:.2f}, "
+    return (f"{len(done.ids)} tokens, τ {done.tau:.2f}, acceptance {share(done.acceptance, '.2f')}, "
             f"{done.tokens_per_s:.0f} tokens/s, {faster:.2f}x plain decoding ({plain.tokens_per_s:.0f} tokens/s), "
             f"{same}")
 
@@ -167,8 +180,10 @@ def decode_clips(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLDER
                  max_new_tokens=50, certificate=None, # path: also certify `prompts` prompts
                  prompts=20, out=None, color=None)->Decoded:
     "Answer a clip with a drafter, in the open; optionally certify that it is lossless"
+    check_file(certificate)
     asking, recipe, out, pair = asking or Asking(), recipe or Recipe(), out or sys.stdout, lean(load_pair(pair))
     clips, asked = asking.find(prompts if certificate else 1)
+    clips = shown_to(clips, pair.target, pair.draft)
     drafter = prepare_drafter(recipe, pair, clips.questions if certificate else [asked], max_new_tokens)
     prompt = encode_prompt(pair, clips[asking.clip], asked)
     done = stream_answer(pair, drafter, prompt, gamma, rule, max_new_tokens, out, color)
@@ -213,7 +228,7 @@ def _sentence(done, own, plain)->str: # Decoded, the draft's own ids, plain deco
             f"tokens stood, {fell} fell or came after one that fell; the draft's own answer has the target's token at "
             f"{alike} of {len(own)} places; {same}")
 
-def answer_view(pair, clip, question, drafter="own", gamma=5, adapter=None, max_new_tokens=50, **kit # of `Kit`
+def answer_view(pair, clip, question, drafter="standard", gamma=5, adapter=None, max_new_tokens=50, **kit # of `Kit`
                )->dict:
     "One prompt decoded with a drafter, token by token, and the draft's own answer"
     prompt = encode_prompt(pair, clip, question)
@@ -221,13 +236,14 @@ def answer_view(pair, clip, question, drafter="own", gamma=5, adapter=None, max_
     arm = Arm(drafter, make_drafter(drafter, Kit(pair, adapter, max_new_tokens=max_new_tokens, **kit)), gamma)
     done = run_arm(pair.target, arm, prompt, plain.ids, max_new_tokens).done
     ids, own = done.ids, pair.draft.generate([prompt.draft], max_new_tokens)[0].ids.tolist()
-    words = pair.target.tokenizer
-    piece = lambda t: words.decode([t]) if t < len(words) else f"id {t}"
+    words, theirs = pair.target.tokenizer, (pair.target if adapter is not None else pair.draft).tokenizer
+    piece = lambda t, words=words: words.decode([t]) if t < len(words) else f"id {t}"
     offers, (cos, z, top) = _offers(done), _looks(pair, prompt, ids, adapter)
     tokens = [{"text": piece(t), "own": (piece(own[i]), own[i] == t) if i < len(own) else None,
                "drafted": bool(done.from_draft[i]), "offered": offers[i] and (piece(offers[i][0]), offers[i][1]),
                "cos": cos[i], "margin": float(z[i, 0] - z[i, 1]),
-               "candidates": [(piece(int(k)), float(p)) for k, p in zip(top.indices[i], top.values[i], strict=True)]}
+               "candidates": [(piece(int(k), theirs), float(p))
+                              for k, p in zip(top.indices[i], top.values[i], strict=True)]}
               for i, t in enumerate(ids)]
     return {"tokens": tokens, "own": [piece(t) for t in own], "identical": ids == plain.ids, "tau": done.tau,
             "sentence": _sentence(done, own, plain.ids)}
@@ -292,7 +308,8 @@ def answer_explorer(pair, clips, # data set with .questions
                     name="answer", **kit):
     "Clip, question, drafter and γ; both pictures and the answer token by token; the widget and its parts by name"
     import ipywidgets as W
-    names = list(drafters or (["aligned"] if adapter is not None else []) + ["own", "raw", "lookup", "oracle", "null"])
+    names = ["aligned"] * (adapter is not None) + ["standard", "raw", "lookup", "oracle", "null"]
+    names = list(drafters or names)
     slider = lambda value, low, high, name: W.IntSlider(
         value, low, high, description=name, continuous_update=False, style={"description_width": "initial"})
     menu = lambda options, name: W.Dropdown(

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import featsd.own  # noqa: F401, its levels register themselves
 from .adapters import check_depth, check_head, load_any_adapter
-from .base.core import FeatsdError, plain_values, write_json
+from .base.core import FeatsdError, check_writable, plain_values, write_json
 from .base.figures import Chart, Panel, Series, write_html
 from .base.tables import Column, Table
 from .data.answers import Answers, answers_of, id_lists
+from .data.identity import made_for, model_ids, same_models, say_shared
 from .data.scores import Scores, aligner, as_it_is, score_states, take
 from .data.store import open_states
 from .metrics import (
@@ -242,10 +244,10 @@ def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's 
     "Metrics of an adapter on each stream, and of every baseline beside it, in one pass per stream"
     adapter = load_any_adapter(checkpoint)[0] if isinstance(checkpoint, (str, Path)) else checkpoint
     head, there = head or test.head(), test.manifest["streams"]
-    _check(adapter, test, train, head)
+    notes = _check(adapter, test, train, head)
     name = name or (adapter.label if adapter is not None else "no adapter")
     clips, questions = ([getattr(p, k) for p in test.pairs] for k in ("clip_id", "question"))
-    out = Measurement(name, {}, {}, [], clips=clips, questions=questions)
+    out = Measurement(name, {}, {}, [], clips=clips, questions=questions, notes=notes)
     if head is None: out.notes.append("The store holds no target head, so no token is compared through it.")
     if train is None: out.notes.append("No training data: means, regression, template and n-gram table are left out.")
     for stream in streams:
@@ -267,16 +269,22 @@ def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's 
     return out
 
 # %% ../nbs/03a_nulls.ipynb #cell024
-def _check(adapter, test, train, head):
-    "Whether these may be measured together"
+def _check(adapter, test, train, head)->list: # of str
+    "Whether these may be measured together, and what is to be said of it"
+    notes, ids, where = [], model_ids(test.manifest), Path(test.path).name
     if len(test) == 0:
         raise FeatsdError("measure: no pairs in the test data; extract more clips or choose another split")
     if adapter is not None:
         check_depth(adapter, test.manifest, test.path)
+        notes += same_models(made_for(adapter), ids, "the adapter", where)
         if head is not None: check_head(adapter, head)
+    if train is not None:
+        notes += same_models(model_ids(train.manifest), ids, Path(train.path).name, where)
+        notes += say_shared(train.pairs, test.pairs, "training data", where)
     if train is not None and (shared := set(train.clips) & set(test.clips)):
         raise FeatsdError(f"measure: clip {sorted(shared)[0]} is in training and test data ({len(shared)} such clips); "
                           "split by clip")
+    return notes
 
 def _measure_stream(out, adapter, test, train, stream, settings, head, n_boot):
     "An adapter and its state baselines on one stream, added to `out`"
@@ -359,8 +367,10 @@ def measure_to_folder(checkpoint, test_data, # paths
                       train_data=None, # path of the training store
                       n_boot=400, head=None, sd_config=None)->Measurement:
     "Measure a checkpoint on a store and leave report, JSON, PNGs and page in a folder"
+    folder = str(output_dir or Path(checkpoint).parent/"metrics")
+    check_writable(folder, "acceptance_metrics.json", "report.txt", "metrics.html")
     test, train = open_states(test_data), None if train_data is None else open_states(train_data)
     m = measure(checkpoint, test, train, n_boot=n_boot, head=head, sd_config=sd_config)
-    m.folder = str(output_dir or Path(checkpoint).parent/"metrics")
+    m.folder = folder
     save_measurement(m, m.folder)
     return m

@@ -24,15 +24,15 @@ from .decode import Arm, encode_prompt, logits_along, plain_decode, run_arm, wei
 # %% ../nbs/05d_race.ipynb #race005
 def run_transformers(target, prompt, max_new_tokens=50)->tuple: # ids, whole ms, ms of prefill and first token
     "The same model through transformers' `generate`"
-    x = prompt.target.embeds
-    common = dict(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
-                  do_sample=False, use_cache=True, eos_token_id=target.eos_id, pad_token_id=target.eos_id)
+    given, skip = prompt.target.for_generate()
+    common = dict(**given, do_sample=False, use_cache=True, eos_token_id=list(target.eos_ids) or None,
+                  pad_token_id=target.eos_id or 0)
     def once(n):
         start = time.perf_counter()
         ids = target.lm.generate(max_new_tokens=n, **common)[0].tolist()
         return ids, 1e3 * (time.perf_counter() - start)
     (ids, whole), (_, first) = once(max_new_tokens), once(1)
-    return ids, whole, first
+    return ids[skip:], whole, first
 
 # %% ../nbs/05d_race.ipynb #race007
 @dataclass
@@ -188,7 +188,7 @@ def curves_of_runs(runs, answers, gamma)->Curves:
             at += n + 1
     share = lambda a, b: [int(x) / int(y) if y else None for x, y in zip(a, b, strict=True)]
     c = Curves(share(right, drafted), share(passed, reached), [v or 0. for v in share(passed, cycles)],
-               int(passed.sum()) / max(1, int(reached.sum())))
+               int(passed.sum()) / int(reached.sum()) if reached.sum() else math.nan)
     lowest = np.minimum.accumulate([1. if m is None else m for m in c.marginal])
     falls = all(b <= a + 1e-12 for a, b in zip(c.prefix, c.prefix[1:]))
     assert falls and all(p <= m + 1e-12 for p, m in zip(c.prefix, lowest)), "laws of acceptance broken"
@@ -228,7 +228,8 @@ class ArmRow:
     @property
     def label(self): return f"{self.name}, γ {self.gamma}"
 
-KINDS = {"sensor": "uses the draft model's states", "null": "words alone, or the draft's raw words",
+KINDS = {"sensor": "uses the draft model's states", "own": "uses the target's own states",
+         "null": "words alone, or the draft's raw words",
          "control": "the draft saw another clip", "limit": "knows the answer"}
 
 # %% ../nbs/05d_race.ipynb #race028
@@ -268,6 +269,7 @@ def cost_row(pair, arm, runs, timed, verify, how)->ArmRow:
     done, t_t = [r.done for r in runs], timed.token_ms
     cycles, drafted = sum(d.cycles for d in done), sum(sum(d.drafted) for d in done)
     curves, g = curves_of_runs(runs, [d.ids for d in done], arm.gamma), drafted / cycles
+    per_draft = lambda x: x / drafted if drafted else math.nan # no ratio over nothing
     draft, o = sum(sum(d.draft_ms) for d in done) / cycles / t_t, sum(d.overhead_ms for d in done) / cycles / t_t
     v = sum(verify[k] for d in done for k in d.drafted) / cycles / t_t
     cost, stand = draft + v + o, sum(curves.prefix) # γ·c + v + o
@@ -275,9 +277,9 @@ def cost_row(pair, arm, runs, timed, verify, how)->ArmRow:
     return ArmRow(
         name=arm.name, kind=arm.kind, gamma=arm.gamma, prompts=len(done), curves=curves,
         tau=sum(len(d.ids) for d in done) / cycles, alpha=curves.alpha, drafted=g,
-        consulted=sum(r.calls for r in runs) / max(drafted, 1), params=parameter_ratio(pair, arm.drafter),
-        c=draft * cycles / max(drafted, 1), v=v, o=o, seed=study_decode(stand, o),
-        iid=expected_tau(curves.alpha, g) / cost, exact=(1 + stand) / cost, bound=math.nan,
+        consulted=per_draft(sum(r.calls for r in runs)), params=parameter_ratio(pair, arm.drafter),
+        c=per_draft(draft * cycles), v=v, o=o, seed=study_decode(stand, o),
+        iid=expected_tau(curves.alpha if drafted else 0., g) / cost, exact=(1 + stand) / cost, bound=math.nan,
         measured=measured, whole=whole, ms=[d.decode_ms for d in done],
         identical=sum(d.ids == a.answer for d, a in zip(done, timed.asked, strict=True)))
 
@@ -289,7 +291,7 @@ def set_bounds(rows, timed, verify):
     for name in dict.fromkeys(r.name for r in rows):
         mine, runs = zip(*((r, x) for r, x in zip(rows, timed.arms, strict=True) if r.name == name), strict=True)
         first = float(np.mean([x.done.draft_prefill_ms for arm in runs for x in arm]))
-        step, rest = float(np.mean([r.c for r in mine])) * t_t, max(mine[-1].o, 0.) * t_t
+        step, rest = float(np.mean([r.c for r in mine if r.drafted] or [0.])) * t_t, max(mine[-1].o, 0.) * t_t
         timing = TimingConfig(max(first, tiny), max(step, tiny), start, t_t, 0., 0., rest, wide, True)
         bound = max([speedup_bound(timing, {r.gamma: r.curves.prefix for r in mine}, n_out=n_out),
                      *(r.exact for r in mine)])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'PUBLISHED', 'SuffixAutomaton', 'TreeDraft', 'replay_trees', 'tree_strength', 'WordGain', 'word_gain',
            'reweighted', 'Replayed', 'Replay', 'cascade', 'proposers', 'in_a_row', 'estimated', 'replay',
-           'log_of_store', 'read_log', 'stage_times', 'run_replay', 'word_nulls']
+           'log_of_store', 'read_log', 'stage_times', 'run_replay', 'word_nulls', 'windows_table', 'windows_chart']
 
 # %% ../nbs/06a_replay.ipynb #cell002
 import heapq
@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .base.core import FeatsdError, plain_values, read_json, write_json
+from .base.core import FeatsdError, check_writable, plain_values, read_json, write_json
 from .base.costs import TimingConfig, costs_of, speedup_exact, timing_of_study, verify_cost
 from .base.figures import Chart, Panel, Series, write_html
 from .base.stats import Interval, clip_bootstrap
 from .base.tables import Column, Table
+from .data.acceptance import is_acceptance, read_acceptance, wanted
 from .data.answers import Answers, agreement, answers_of, id_lists, read_answers, replay_cycles, write_answers
 from .data.store import open_states
 from .models.words import NGramTable, prompt_lookup, propose_constant, template_ids
@@ -217,7 +218,7 @@ def reweighted(table, words, w):
     return propose
 
 # %% ../nbs/06a_replay.ipynb #cell016
-PUBLISHED = TimingConfig(99.3, 10.5, 325.7, 14.9, 1.1, verify={22: 4.26}, measured=True,
+PUBLISHED = TimingConfig(99.3, 10.5, 325.7, 14.9, 1.1, verify={2: 4.45, 6: 4.53, 22: 4.26}, measured=True,
                          source="the study's wall-clock run of the real pair (published stage times)")
 
 @dataclass
@@ -432,13 +433,22 @@ def stage_times(source)->TimingConfig | None: # None stays None
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
         raise FeatsdError(f"{source}: expected the study's wall-clock log, found something missing ({e!r})") from None
 
+# %% ../nbs/06a_replay.ipynb #runrepl1
 def run_replay(answers, # file or store
                timing=None, # of `stage_times`
                out=None, # folder that everything is also written into
                skip_bad=False, say=print,
                **settings # of `replay`
-              )->Replay:
+              )->Replay | Table: # of a log of acceptance: what it says of its drafters and every smaller γ
     "From a file to the table"
+    if out is not None: check_writable(out, "replay.json", "replay.txt")
+    if is_acceptance(answers):
+        table = wanted(read_acceptance(answers), stage_times(timing))
+        say(str(table))
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            write_json(Path(out)/"acceptance.json", {"rows": plain_values(table.records()), "notes": table.notes})
+        return table
     done = replay(read_log(answers, skip_bad), timing=stage_times(timing), **settings)
     say(done.report())
     if out is not None: done.save(out)
@@ -471,3 +481,25 @@ def word_nulls(fit:Answers,        # answers the template and the table are fitt
                      "top1": sure(hits, [len(y) for y in target]),
                      "tau": {g: sure(c.tokens, c.cycles) for g, c in cycles.items()}}
     return out
+
+# %% ../nbs/06a_replay.ipynb #windows2
+def windows_table(logs:dict, # window length in seconds → Answers
+                  gamma=5, fit_fraction=.5, block=10, n=400)->Table:
+    "Words alone by window length: the first half of each log fits, the other half is tested"
+    rows = []
+    for seconds, log in sorted(logs.items()):
+        fit, test = log.split(fit_fraction)
+        got = word_nulls(fit, test, (gamma,), block=block, n=n)
+        rows.append([seconds, len(log), *(got[k]["tau"][gamma] for k in ("raw", "template", "ngram")),
+                     got["template"]["consecutive"]])
+    return Table("", ["window, s", "answers", *(Column(f"τ, {k}", ".2f") for k in ("raw draft", "template", "n-gram")),
+                      Column("template in a row", ".2f")], rows)
+
+def windows_chart(table, # of `windows_table`
+                  gamma=5)->Chart:
+    "τ of words alone by window length"
+    x, names = [r[0] for r in table.rows], ("raw draft tokens", "template", "n-gram table")
+    curves = [Series(name, x, *([getattr(r[k], end) for r in table.rows] for end in ("value", "low", "high")),
+                     null=k == 2) for k, name in enumerate(names, 2)]
+    panel = Panel("", curves, "window (seconds)", f"τ at γ {gamma}, tokens per target forward")
+    return Chart("Words alone, by the length of the window that both models saw", [panel])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'QUICK', 'SECTIONS', 'KEPT', 'PIPELINE', 'ARROWS', 'kept_rows', 'short_table', 'DemoSize', 'Story',
-           'DemoData', 'joined', 'demo_data', 'cheapest', 'name_of_run', 'demo_runs', 'demo_rows', 'demo_calibration',
-           'demo_race', 'demo_stages', 'DemoFound', 'five_speedups', 'write_report', 'publish', 'read_charts',
-           'draw_figures', 'study_pictures', 'draw_pipeline', 'demo_found', 'demo']
+           'DemoData', 'demo_data', 'cheapest', 'name_of_run', 'demo_runs', 'demo_heads', 'demo_rows',
+           'demo_calibration', 'demo_race', 'demo_stages', 'DemoFound', 'five_speedups', 'write_report', 'publish',
+           'read_charts', 'draw_figures', 'study_pictures', 'draw_pipeline', 'demo_found', 'demo']
 
 # %% ../nbs/07_report.ipynb #cell002
 import re
@@ -18,8 +18,9 @@ import torch
 from fastcore.basics import patch
 
 from .adapters import LEVELS, load_any_adapter
-from .base.core import FeatsdError, atomic_write, home, lib_versions, plain_values, read_json, write_json
-from .base.costs import SDConfig, TimingConfig, chart_waterfall, study_waterfall, timing_of_study
+from .base.core import FeatsdError, atomic_write, lib_versions, plain_values, read_json, write_json
+from .base.costs import (
+    SDConfig, TimingConfig, chart_waterfall, clocks_of_study, study_waterfall, timing_of_study)
 from .base.figures import Chart, chart_of, kept_chart, write_html
 from .base.stats import Interval
 from .base.tables import Column, Table
@@ -31,7 +32,7 @@ from .data.scores import aligner, score_states
 from .data.store import States, open_states
 from .decode import encode_prompt
 from .extract import extract
-from .fit import build_drafters, training_words, word_experts
+from .fit import build_drafters, word_experts
 from .metrics import metrics_of, print_metrics_report
 from .models.backbone import load_pair
 from .models.lean import lean
@@ -63,14 +64,17 @@ class DemoSize:
     train: int = 150     # clips
     test: int = 100      # held-out clips
     val: int = 12
-    words: int = 550     # clips whose answers the word tables are fitted on
+    words: int = 550     # clips that word tables and own-state heads learn from
     epochs: int = 12
+    own_epochs: int = 6  # of the own-state head
+    event_epochs: int = 3 # of the same with events, which learns sooner
     decoded: int = 12    # held-out clips that are decoded
     asked: int = 3       # questions of each
     gammas: tuple = (3, 5, 8)
     stage_runs: int = 8
 
-QUICK = DemoSize(train=16, test=8, val=4, words=24, epochs=4, decoded=3, asked=1, gammas=(4,), stage_runs=3)
+QUICK = DemoSize(train=16, test=8, val=4, words=24, epochs=4, own_epochs=2, event_epochs=2, decoded=3, asked=1,
+                 gammas=(4,), stage_runs=3)
 
 class Story:
     "Says what happens, and when"
@@ -84,27 +88,21 @@ class Story:
 @dataclass
 class DemoData:
     "States of three sets of clips, and the training answers"
-    train: States
+    train: States # for L1 to L4
     test: States # with the stream draft_wrong, as `val`
     val: States
-    words: Answers
-
-def joined(a:Answers, b:Answers)->Answers:
-    columns = "clip_ids", "questions", "draft_ids", "target_ids", "draft_texts", "target_texts"
-    return Answers(*(list(getattr(a, k)) + list(getattr(b, k)) for k in columns))
+    words: Answers # of `more`
+    more: States # for words and own-state heads: `train` and further clips
 
 def demo_data(pair, size, out, seed=0, progress=False)->DemoData:
-    "Extract; the target answers further training clips, of which only the words are kept"
+    "Extract; L1 to L4 learn from the first clips, words and own-state heads from all"
     def states(split, n, **also):
         return open_states(extract(out/"hidden_states", pair=pair, split=split, max_samples=n, quant="fp32", seed=seed,
                                    progress=progress, **also))
-    train, test = states("train", size.train), states("test", size.test, wrong_clip=True)
-    val, words = states("val", size.val, wrong_clip=True), answers_of(train)
-    if size.words > size.train:
-        asked = open_clips("pocket", "train", 1).questions
-        words = joined(words, training_words(pair, asked, size.words, size.train, keep=home("words"),
-                                             progress=progress))
-    return DemoData(train, test, val, words)
+    more, test = states("train", max(size.words, size.train)), states("test", size.test, wrong_clip=True)
+    first = set(more.clips[:size.train])
+    train = more.subset([i for i, p in enumerate(more.pairs) if p.clip_id in first])
+    return DemoData(train, test, states("val", size.val, wrong_clip=True), answers_of(more), more)
 
 # %% ../nbs/07_report.ipynb #cell014
 def cheapest(runs, slack=.005):
@@ -122,6 +120,12 @@ def demo_runs(train, size, out, seed=0, progress=False)->list: # of `train_adapt
     return [*runs, train_adapter(train, adapter_level=cheapest(runs)["level"], loss="kl", **settings)]
 
 # %% ../nbs/07_report.ipynb #cell015
+def demo_heads(data, size, out, seed=0, progress=False)->dict: # "own" | "own+event" → result of `train_adapter`
+    "The opponent that counts, with and without events, on as many clips as the word tables"
+    epochs = {"own": size.own_epochs, "own+event": size.event_epochs}
+    return {k: train_adapter(data.more, data.val, k, output_dir=str(out/"checkpoints"), num_epochs=n, early_stopping=0,
+                             seed=seed, progress=progress) for k, n in epochs.items()}
+
 def demo_rows(adapters, best, data)->tuple: # rows of every adapter and of the best one's baselines, {stream: {name: …}}
     "Every adapter on both streams; `best` is a `Measurement`"
     rows, measured, head = [], {}, data.test.head()
@@ -133,24 +137,25 @@ def demo_rows(adapters, best, data)->tuple: # rows of every adapter and of the b
     rows.sort(key=lambda r: (list(adapters).index(r.name), r.stream))
     return rows + [r for r in best.rows if r.null], measured
 
-def demo_calibration(best, adapter, data)->Calibration:
+def demo_calibration(best, adapter, data, own=None)->Calibration:
     "What a cosine is worth; a gain needs both laws of every token, so on fewer clips"
     some, test = set(data.test.clips[:30]), data.test
     few = test.subset([i for i, p in enumerate(test.pairs) if p.clip_id in some])
-    return calibrate(best, adapter, few, data.val, data.words, test.head(), n_boot=200)
+    return calibrate(best, adapter, few, data.val, data.words, test.head(), n_boot=200, own=own)
 
 # %% ../nbs/07_report.ipynb #cell016
-def demo_race(fast, name, adapter, data, size, threads=1, progress=False)->Comparison: # fast: lean pair
+def demo_race(fast, adapters, data, size, threads=1, progress=False)->Comparison: # fast: lean pair
     "Held-out clips, losslessly, drafters interleaved with plain decoding"
     held, early = open_clips("pocket", "test", size.decoded), open_clips("pocket", "val", 2)
     asked = held.questions[:size.asked]
     tables, templates = word_experts(data.words, asked, fast.target.tokenizer_hash)
     prompts = [encode_prompt(fast, clip, q) for clip in early for q in asked[:2]]
-    names = ["raw", "template", "ngram", "aligned", "gated"]
+    names = ["raw", "template", "ngram", "aligned", "gated", "own", "own+event", "gated-own"]
     with quiet_clock(threads):
-        drafters, fitted = build_drafters(names, fast, {name: (adapter, None)}, tables, templates, data.val, prompts)
+        made = {k: (a, None) for k, a in adapters.items()}
+        drafters, fitted = build_drafters(names, fast, made, tables, templates, data.val, prompts)
     how = Procedure(size.gammas, threads=threads, plain_runs=2, transformers=False, n_boot=400)
-    compared = compare(fast, list(held), drafters, asked, how, progress=progress)
+    compared = compare(fast, list(held), drafters, asked, how, ["own+event"], progress)
     compared.lines = fitted
     return compared
 
@@ -218,12 +223,16 @@ def _said_of_bits(known)->list: # Calibration
     if seen := [f"{c['tau']:.2f}: {c['above'].value:.3f} (the study conjectured {c['claimed']:.3f})"
                 for c in first if c["above"]]:
         out.append(f"Same token where the cosine is above {'; '.join(seen)}.")
+    say = lambda i: f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}]"
     if gain := known.gains.get("forced"):
-        say = lambda i: f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}]"
         events = (f"; of these the right clip's events bring {say(gain.events)} over another clip's." if gain.events
                   else ".")
         out.append(f"Cross-modal gain: the second sensor's states save {say(gain.gain)} of the {gain.words.value:.2f} "
                    f"bits per token that words alone need{events}")
+    if g := known.own:
+        wrong = f"; another clip's events save {say(g.wrong)}" if g.wrong else ""
+        out.append(f"Beside the target's own states they save {say(g.gain)} of the {g.own.value:.2f} bits that the "
+                   f"own-state head needs{wrong}.")
     return out
 
 @patch
@@ -243,6 +252,7 @@ def result(self:DemoFound)->dict:
             "levels": str(comparison_table(self.runs)), "decoding": c.report(full=False), "rows": rows,
             "metrics": plain_values(self.measured), "timing": plain_values(vars(self.timing)),
             "stages": timing_report(self.timing), "calibration": self.known.report(), "versions": lib_versions(),
+            "claims": plain_values(c.claims()),
             "comparison": plain_values({"about": c.about, "rows": [plain(r) for r in c.rows]}),
             "notes": self.best.notes, **self.about}
 
@@ -286,7 +296,8 @@ def write_report(out, result, pictures, report):
     with atomic_write(out/"report.md", "w") as f: f.write("\n\n".join(md) + "\n")
 
 # %% ../nbs/07_report.ipynb #cell026
-KEPT = ("verdict", "table", "decoding", "intervals", "levels", "calibration", "rows", "clips", "seed", "versions")
+KEPT = ("verdict", "table", "decoding", "intervals", "levels", "calibration", "rows", "claims", "clips", "seed",
+        "versions")
 
 def publish(folder, result, pictures):
     "What the README shows: result file, the pictures' numbers, and the pictures; no times of the run"
@@ -327,12 +338,13 @@ def draw_figures(folder="figures")->list: # names
     return [*done, "pipeline"]
 
 def study_pictures(folder)->dict: # the study's published results
-    "The waterfall from the study's claim to its own measurement, from its files"
+    "The waterfall from the study's claim to both clocks of its own log, from its files"
     folder = Path(folder)
     log, metrics = (read_json(folder/f) for f in ("e2e_wallclock_10x10_50tok.json", "L1_acceptance_metrics.json"))
     runs, measured = log["sd_per_sample"]["L1+VL"], log["aggregate"]["L1+VL"]["speedup_mean"]
     accepted = sum(r["accepted"] for r in runs) / len(runs)
-    steps = study_waterfall(6.35, metrics, timing_of_study(log, "L1+VL"), accepted, measured)
+    steps = study_waterfall(6.35, metrics, timing_of_study(log, "L1+VL"), accepted, measured,
+                            sequence=clocks_of_study(log)["in sequence"])
     title = "The study's 5.77x, omission by omission (L1, its own files)"
     return {"waterfall": kept_chart(chart_waterfall(steps, title))}
 
@@ -375,18 +387,22 @@ def demo_found(pair, size, out, seed=0, threads=1, say=None, progress=False)->De
     data = demo_data(pair, size, out, seed, progress)
     say("Train: adapters L1 to L4 on cosine and squared error, then the best level through the target's head")
     runs = demo_runs(data.train, size, out, seed, progress)
+    say("Train: a head on the target's own states, with and without events, on as many clips as the word tables")
+    heads = demo_heads(data, size, out, seed, progress)
     adapters, name = {name_of_run(r): load_any_adapter(r["best_model"])[0] for r in runs}, name_of_run(cheapest(runs))
     say("Measure: every adapter on both streams, beside every baseline")
     best = measure(adapters[name], data.test, data.train, head=data.test.head(), name=name, words=data.words)
     rows, measured = demo_rows(adapters, best, data)
-    known = demo_calibration(best, adapters[name], data)
+    own = {k: load_any_adapter(r["best_model"])[0] for k, r in heads.items()}
+    known = demo_calibration(best, adapters[name], data, own["own"])
     say("Decode: held-out clips, losslessly, drafters interleaved with plain decoding")
     fast = lean(pair)
-    compared = demo_race(fast, name, adapters[name], data, size, threads, progress)
+    compared = demo_race(fast, {name: adapters[name]} | own, data, size, threads, progress)
     say("Time: stages of both models on this machine")
     timing = demo_stages(fast, adapters[name], size)
     clips = {"train": size.train, "test": size.test, "words": max(size.words, size.train)}
-    return DemoFound(best, rows, measured, known, compared, timing, runs, {"clips": clips, "seed": seed})
+    return DemoFound(best, rows, measured, known, compared, timing, [*runs, *heads.values()],
+                     {"clips": clips, "seed": seed})
 
 # %% ../nbs/07_report.ipynb #cell033
 def demo(out="featsd_demo_out", # folder for everything

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .adapters import create_adapter, load_any_adapter
-from .base.core import FeatsdError
+from .base.core import FeatsdError, slack
 from .base.costs import SDConfig, TimingConfig, study_speedups
 from .base.stats import clip_bootstrap
 from .bench import Goal, bench, elsewhere, over, peak_rss, same, timed
@@ -34,7 +34,7 @@ from .models.backbone import load_pair
 from .train import HiddenAdapterTrainer, evaluate, new_adapter, parse_loss, train_adapter
 
 # %% ../nbs/08a_state_goals.ipynb #cell005
-STATE_TOLERANCE = 1e-4 # float32, sixteen layers, states up to 5: another order of sums moves the last bits, by 3e-6
+STATE_TOLERANCE = slack(5., 16 * 7 * 128) # float32: states up to 5, sixteen layers of seven products of 128 terms
 
 @torch.no_grad()
 def answer_alone(model, clip, question, max_new_tokens=50): # ids, [n, D] states that predict them
@@ -42,7 +42,7 @@ def answer_alone(model, clip, question, max_new_tokens=50): # ids, [n, D] states
     x = model.encode(clip, question).embeds
     out = model.lm.generate(
         inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long), do_sample=False,
-        max_new_tokens=max_new_tokens, eos_token_id=model.eos_id, pad_token_id=model.eos_id,
+        max_new_tokens=max_new_tokens, eos_token_id=list(model.eos_ids) or None, pad_token_id=model.eos_id or 0,
         output_hidden_states=True, return_dict_in_generate=True)
     return out.sequences[0].tolist(), torch.cat([step[-1][:, -1] for step in out.hidden_states])
 
@@ -316,7 +316,7 @@ def faster_steps(b, trainer, batch)->list: # Goal
     for name, words in options.items():
         if name not in arms: continue
         off = max(abs(a - p) / p for a, p in zip(loss[name], loss["plain"], strict=True))
-        same(off < 1e-2, f"{words}: losses differ by {off:.1e} of them, expected at most 1e-2")
+        same(off < 1e-2, f"{words}: losses differ by {off:.1e} of them, expected at most 1e-2") # bfloat16 has .0078
         note = f"width {batch[0].shape[-1]}, {len(batch[0])} positions; losses within {off:.0e}; off unless asked for"
         out.append(Goal.of_rounds(name, goal(words), over(seconds["plain"], seconds[name]), note=note))
     return out
@@ -395,7 +395,8 @@ def bench_metrics(b):
     theirs, ours = results["study"][-1], results["ours"][-1]
     off = lambda a, o: float(np.max(np.abs(np.asarray(o, float) - np.asarray(a, float)) / np.maximum(1, np.abs(a))))
     worst = max(off(v, ours[k]) for k, v in theirs.items())
-    same(worst <= 1e-6, f"a metric differs by {worst:.1e} from the study's way, expected at most 1e-6")
+    most = slack(1., 96) # a cosine is a sum of 96 products and more
+    same(worst <= most, f"a metric differs by {worst:.1e} from the study's way, expected at most {most:.1e}")
     return [Goal.of_rounds(
         "metrics", "metrics: one pass, all keys, over the study's way in memory",
         over(seconds["study"], seconds["ours"]), at_least=5,

@@ -55,13 +55,13 @@ def bare_forward(m, keys_and_values): # function: [K, D] after n tokens → [K, 
 @torch.no_grad()
 def bare_decode(m, prefix, max_new_tokens=50): # seconds of decoding, ids
     "Greedy decoding of one prompt by hand, with the weights of a `Lean` backbone"
-    x, ids, head, table, eos = prefix.embeds[0], [], m.head.lm_head.weight, m.table, m.eos_id
+    x, ids, head, table, ends = prefix.embeds[0], [], m.head.lm_head.weight, m.table, m.eos_ids
     forward = bare_forward(m, torch.zeros(len(m.layers), 2, m.kv_heads, len(x) + max_new_tokens, m.hd))
     h = forward(x, 0)[-1:]
     n, start = len(x), time.perf_counter()
     while True:
         ids.append(int(F.linear(h, head).argmax()))
-        if len(ids) >= max_new_tokens or ids[-1] == eos: return time.perf_counter() - start, ids
+        if len(ids) >= max_new_tokens or ids[-1] in ends: return time.perf_counter() - start, ids
         h = forward(table[ids[-1:]], n)
         n += 1
 
@@ -107,7 +107,7 @@ def goal_of_engine(b, pair, adapter, gamma=5)->Goal:
     prompts, drafter = prompts_of(pair, 1 if b.quick else 4, 3), make_drafter("aligned", Kit(pair, adapter))
     target = pair.target
     ours = lambda p: speculative_decode(target, drafter, p, gamma).ids
-    theirs = lambda p: assisted_generate(target.lm, drafter, p, gamma, eos_token_id=target.eos_id)
+    theirs = lambda p: assisted_generate(target.lm, drafter, p, gamma, eos_token_id=target.eos_ids)
     ways = {k: timed(lambda r, f=f: [f(p) for p in prompts]) for k, f in (("ours", ours), ("theirs", theirs))}
     seconds, results = b(ways, 1 if b.quick else 9)
     want = [plain_decode(target, p).ids for p in prompts]

@@ -1,7 +1,9 @@
 "A parent that has loaded the pair once and forks children that run the real commands; it stops them at random instants"
 import functools
+import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+import featsd
 import featsd.commands as commands
 import featsd.extract as E
 from featsd.base import core
@@ -31,7 +34,9 @@ RESUME = "run the same command again to go on"
 
 
 def prepare():
-    "Everything that a child would need seconds for: the pair, the clips"
+    "Everything that a child would need seconds for, or could not read any more once it has given up its rights"
+    for module in pkgutil.walk_packages(featsd.__path__, "featsd."):
+        if module.name != "featsd.__main__": importlib.import_module(module.name)
     torch.set_num_threads(1)
     pair = backbone.load_pair("pocket", quant="fp32")
     backbone.load_pair = E.load_pair = lambda *_, **__: pair

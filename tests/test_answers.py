@@ -341,8 +341,9 @@ def test_bad_records_name_record_and_key(tmp_path, key, value, message, study):
     good = STUDY if study else GOOD
     bad = {k: v for k, v in (good | {key: value}).items() if v is not None}
     p = tmp_path/"log.json"
-    if study: p.write_text(json.dumps({"results": [good, bad, good]}))
-    else: write_lines(p, good, bad, good)
+    other = good | {"sample_idx" if study else "clip_id": 9}
+    if study: p.write_text(json.dumps({"results": [good, bad, other]}))
+    else: write_lines(p, good, bad, other)
     with pytest.raises(FeatsdError) as e: read_answers(p)
     line = str(e.value)
     assert str(p) in line and f"'{key}'" in line and message in line and ("results[1]" if study else "line 2") in line

@@ -25,7 +25,7 @@ V, EOS = 12, 0
 
 class Chain:
     "A target whose next token depends on the last one only; its state is a one-hot vector"
-    eos_id, dtype, name, model_hash, tokenizer_hash = EOS, torch.float32, "chain", "hash", "words"
+    eos_ids, dtype, name, model_hash, tokenizer_hash = (EOS,), torch.float32, "chain", "hash", "words"
 
     def __init__(self, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -199,11 +199,31 @@ def test_words_that_win_are_said_to_win(monkeypatch):
     assert "the null wins" in str(c.question_table()) and c.over_null.ratio.high < 1
     assert "Recommended: good, γ 3" in text and c.over_runner_up.b.startswith("bad")
     for r in c.rows: r.kind = "sensor" if r.name == "good" else "null"
-    assert "The second sensor pays." in "\n".join(c.verdict())
+    text = "\n".join(c.verdict())
+    assert "Faster than words alone." in text and "pays is not known" in text and "sensor pays." not in text
     for r in c.rows: r.measured = r.measured._replace(low=.9) # the best of two that are slower than plain decoding
     text = "\n".join(c.verdict())
     assert "Faster than words, but not than plain decoding." in text
-    assert "sensor pays" not in text and c.over_null.ratio.low > 1
+    assert "sensor pays." not in text and c.over_null.ratio.low > 1
+
+
+@pytest.mark.parametrize("event, own, says", [
+    (.95, .5, "The second sensor pays."), (.5, .95, "The second sensor does not pay: the target's own states"),
+    (.8, .8, "The data does not say whether the second sensor pays.")])
+def test_the_second_sensor_must_beat_the_targets_own_states(monkeypatch, event, own, says):
+    synthetic(monkeypatch)
+    made = {"words": lambda t: Guess(t, .2), "own": lambda t: Guess(t, own), "own+event": lambda t: Guess(t, event)}
+    c = run(made, n=8)
+    for r in c.rows: r.kind = {"words": "null", "own": "own", "own+event": "sensor"}[r.name]
+    text, claims = c.verdict(), c.claims()
+    assert any(v.startswith(says) for v in text) and any(v.startswith("Best drafter over plain decoding: ") for v in text)
+    for start in ("The second sensor over words alone: own+event", "The second sensor over the own-state head: own+event",
+                  "The own-state head with the second sensor over the same without: own+event"):
+        assert any(v.startswith(start) for v in text)
+    assert c.over_own.ratio == claims["over_own"]["ratio"] == claims["event_over_own"]["ratio"]
+    assert claims["wrong_event_over_own"] is None and json.loads(json.dumps(c.summary()))["claims"]["over_own"]["a"]
+    c.rows = [r for r in c.rows if r.name != "own"]
+    assert "pays is not known" in "\n".join(c.verdict())
 
 
 def rows(*ms, name="r"): return [NS(label=f"{name}{i}", ms=list(m)) for i, m in enumerate(ms)]
@@ -289,10 +309,10 @@ def test_every_sensor_drafter_has_a_control(tmp_path, monkeypatch):
     monkeypatch.setenv("FEATSD_HOME", str(tmp_path/"home"))
     create_adapter(1, hidden_dim=128).save_checkpoint(tmp_path/"a.pt")
     c = C.run_comparison(
-        drafters=["fused", "own"], held_out=C.HeldOut(clips=2, questions=1), wrong_clip=True, out=tmp_path,
+        drafters=["fused", "standard"], held_out=C.HeldOut(clips=2, questions=1), wrong_clip=True, out=tmp_path,
         fitting=C.Fitting([tmp_path/"a.pt"], word_clips=2, val_clips=0), progress=False, say=str,
         how=Procedure((2,), max_new_tokens=8, plain_runs=1, transformers=False))
-    assert [r.name for r in c.rows if r.kind == "control"] == ["fused, wrong clip", "own, wrong clip"]
+    assert [r.name for r in c.rows if r.kind == "control"] == ["fused, wrong clip", "standard, wrong clip"]
 
 
 def test_a_drafter_from_outside_stands_in_the_table(tmp_path, monkeypatch):
@@ -303,11 +323,11 @@ def test_a_drafter_from_outside_stands_in_the_table(tmp_path, monkeypatch):
         def propose(self, gamma): return Draft(self.ids[-1:] * gamma)
     said = []
     how = Procedure((2,), max_new_tokens=8, plain_runs=1, transformers=False)
-    try: c = C.run_comparison(drafters=["toy", "lookup+toy", "own"], held_out=C.HeldOut(clips=1, questions=1), how=how,
+    try: c = C.run_comparison(drafters=["toy", "lookup+toy", "standard"], held_out=C.HeldOut(clips=1, questions=1), how=how,
                               progress=False, out=tmp_path, say=said.append)
     finally: Toy.compared = False # other tests name no drafters
     assert [(r.name, r.kind, r.broken) for r in c.rows] == [
-        ("toy", "null", False), ("lookup+toy", "null", False), ("own", "sensor", False)]
+        ("toy", "null", False), ("lookup+toy", "null", False), ("standard", "sensor", False)]
     assert "toy" in said[-1] and any(s.name == "toy" for s in c.chart().panels[0].series)
 
 
@@ -380,9 +400,9 @@ def test_words_of_another_tokenizer_and_clips_in_two_roles(tmp_path, monkeypatch
 
 def test_on_the_built_in_pair(tmp_path):
     said = []
-    c = C.run_comparison(drafters=["lookup", "own"], held_out=C.HeldOut(clips=1, questions=1), out=tmp_path,
+    c = C.run_comparison(drafters=["lookup", "standard"], held_out=C.HeldOut(clips=1, questions=1), out=tmp_path,
                          how=Procedure((2,), plain_runs=1), progress=False, say=said.append)
     assert "no adapter given: train one" in said[0]
-    assert [r.name for r in c.rows] == ["lookup", "own"] and not any(r.broken for r in c.rows)
+    assert [r.name for r in c.rows] == ["lookup", "standard"] and not any(r.broken for r in c.rows)
     assert c.transformers["identical"] == 1 and 0 < c.rows[1].params < .5 and c.rows[0].params == 0
     assert (tmp_path/"compare.json").is_file() and "draft" in c.about

@@ -492,7 +492,7 @@ def test_a_format_takes_one_entry(tmp_path, monkeypatch):
         assert all(np.array_equal(getattr(read_events(tmp_path/name), k), getattr(stream, k)) for k in "xytp")
     (tmp_path/"b.toy").write_bytes(b"TOY EVENT?" + bytes(8))
     for name, says in (("b.toy", "expected a .toy file"),
-                       ("a.what", "expected .npy, .npz, .h5, .hdf5, .txt, .csv, .toy, .toys")):
+                       ("a.what", "expected .npy, .npz, .h5, .hdf5, .txt, .csv, .aedat4, .raw, .dat, .toy, .toys")):
         if not (tmp_path/name).exists(): (tmp_path/name).write_bytes(b"?")
         with pytest.raises(FeatsdError) as e: read_events(tmp_path/name)
         assert says in str(e.value) and "\n" not in str(e.value)

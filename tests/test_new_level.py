@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from closeness import near
 from test_train import D, make_store
 from torch import nn
 
@@ -55,7 +56,7 @@ def test_it_is_made_by_its_name_and_its_errors_name_what_it_takes(toy):
     f = create_adapter("toy", D, rank=3)
     assert type(f) is toy and f.label == "toy" and f.adapter_type == "toy_Toy" and f.config["rank"] == 3
     assert type(toy.from_config(f.config)) is toy and toy.from_config(f.config).config == f.config
-    with pytest.raises(ValueError, match="expected one of 1, 2, 3, 4, toy"): create_adapter("joke")
+    with pytest.raises(ValueError, match="expected one of 1, 2, 3, 4, .*toy"): create_adapter("joke")
     with pytest.raises(ValueError, match=r"Toy \(toy\) takes no num_heads; it takes .*rank"):
         create_adapter("toy", D, num_heads=2)
     with pytest.raises(ValueError, match="adapter level 'toy' is taken by Toy"):
@@ -115,5 +116,4 @@ def test_it_drafts_and_changes_no_token(toy):
     want = plain_decode(pair.target, prompt, max_new_tokens=24)
     assert speculative_decode(pair.target, drafter, prompt, gamma=4, max_new_tokens=24).ids == want.ids
     h = torch.randn(1, 6, adapter.hidden_dim)
-    assert torch.allclose(adapter.folded(pair.target.head)(h[0, :1]), pair.target.head.logits(adapter(h[:, :1])[0]),
-                          atol=1e-5)
+    near(adapter.folded(pair.target.head)(h[0, :1]), pair.target.head.logits(adapter(h[:, :1])[0]), 2 * h.shape[-1])

@@ -162,3 +162,32 @@ def test_real_log():
     for g, t in {3: 2.34, 5: 2.60, 8: 2.86}.items():
         assert done.row("n-gram, order 7").tau[g].value == pytest.approx(t, abs=.02)
     assert done.row("tree, order 7").tau[8].value == pytest.approx(3.0, abs=.1)
+
+
+def test_the_studys_other_layouts(tmp_path):
+    "Logs by window length nest each model's answer and name no question; the ten-question log says 'question'"
+    def said(k): return {"output_tokens": [k, 5, 6, 7], "output_text": "t"}
+    nested = [{"sample_idx": i, "eventgpt": said(9), "videollava": said(i % 2)} for i in range(8)]
+    asked = [{"sample_idx": i // 2, "question": f"q{i % 2} ?", "egpt_tokens": [1], "vl_tokens": [2, 3], "egpt_text": "",
+              "vl_text": "", "adapter_tokens": [4]} for i in range(6)]
+    for name, records in (("nested", nested), ("asked", asked)):
+        (tmp_path/f"{name}.json").write_text(json.dumps({"results": records}))
+    a, b = (R.read_log(tmp_path/f"{n}.json") for n in ("nested", "asked"))
+    assert a.target_ids[1].tolist() == [1, 5, 6, 7] and a.draft_ids[0][0] == 9 and set(a.questions) == {""}
+    assert len(b.clips) == 3 and set(b.questions) == {"q0 ?", "q1 ?"} and b.target_ids[0].tolist() == [2, 3]
+    del nested[3]["videollava"]["output_tokens"]
+    (tmp_path/"torn.json").write_text(json.dumps({"results": nested}))
+    with pytest.raises(FeatsdError, match=r"results\[3\]: key 'vl_tokens' is missing"): R.read_log(tmp_path/"torn.json")
+    table = R.windows_table({4: a, 2: a}, gamma=3, block=1, n=20)
+    assert [r[0] for r in table.rows] == [2, 4] and R.windows_chart(table, 3).panels[0].series[0].null
+
+
+@pytest.mark.skipif(not (DATA/"tokens"/"durations").is_dir(), reason="the logs by window length are not at hand: set "
+                    "FEATSD_SHARED_DATA to the folder of tokens/durations")
+def test_the_seven_window_lengths_and_the_ten_questions():
+    logs = {k: R.read_log(DATA/"tokens"/"durations"/f"tokens_{k}s_1q.json") for k in (2, 4, 5, 8, 10, 16, 20)}
+    assert sum(map(len, logs.values())) == 1264
+    row = R.windows_table({2: logs[2]}, n=20).rows[0]
+    assert [round(x.value, 2) for x in row[2:]] == [1.02, 1.26, 2.43, 8.59]
+    ten = R.read_log(DATA/"tokens"/"tokens_10clips_10q.json")
+    assert (len(ten), len(ten.clips), len(set(ten.questions))) == (100, 10, 10)

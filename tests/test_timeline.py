@@ -103,6 +103,36 @@ def test_the_study_from_its_rounded_figures(alpha):
 
 
 @needs_reference
+def test_v_of_the_study_is_above_four_from_two_tokens_on():
+    "Its three logs: 2, 6 and about 22 tokens in one pass; one token stands alone, and no plan interpolates towards it"
+    log, b1, off = (read_json(REFERENCE/f"e2e_wallclock_{n}.json")
+                    for n in ("10x10_50tok", "10x50tok_B1_L5F", "500x20tok_offbyone"))
+    t = costs.timing_of_study(log, "L1+VL", [(b1, "B1-only"), (off, "L1+VL")])
+    assert {k: round(v, 1) for k, v in t.verify.items()} == {2: 4.4, 6: 4.5, 22: 4.3}
+    assert verify_cost(t, 1) == 1 and min(verify_cost(t, k) for k in range(2, 23)) > 4.2
+    assert plan(t, [.9 ** (i + 1) for i in range(22)]).gamma == 0 # 4.4 tokens a block, and none drafts for nothing
+
+
+@needs_reference
+@pytest.mark.parametrize("name, sums, sequence, other", [
+    ("10x10_50tok", (1.00, 1.02), (.76, .77), (.2, .3)), ("500x50tok", (1.00, 1.01), (.75, .76), (.12, .14))])
+def test_both_clocks_of_the_study(name, sums, sequence, other):
+    log = read_json(REFERENCE/f"e2e_wallclock_{name}.json")
+    for arm, said in log["aggregate"].items():
+        if arm not in log["sd_per_sample"]: continue
+        c = costs.clocks_of_study(log, arm)
+        assert c["mean of ratios"] == pytest.approx(said["speedup_mean"])
+        for key, (low, high) in {"totals": sums, "in sequence": sequence, "other texts": other}.items():
+            assert low <= round(c[key], 2) <= high
+
+
+def test_one_token_stands_alone():
+    t = TimingConfig(verify={6: 4.2, 22: 4.6})
+    assert [round(verify_cost(t, k), 2) for k in (1, 2, 6, 14, 22, 30)] == [1, 4.2, 4.2, 4.4, 4.6, 4.8]
+    assert verify_cost(TimingConfig(verify={1: 1.3}), 5) == 1 and verify_cost(TimingConfig(verify={9: 2.}), 3) == 2
+
+
+@needs_reference
 def test_waterfall_ends_where_it_was_measured():
     log = read_json(REFERENCE/"e2e_wallclock_10x10_50tok.json")
     accepted = statistics.fmean(r["accepted"] for r in log["sd_per_sample"]["L1+VL"])
@@ -111,6 +141,8 @@ def test_waterfall_ends_where_it_was_measured():
     assert round(steps[0]["value"], 2) == 5.77 and steps[-1]["value"] == 1.0077
     assert sum(s["change"] for s in steps) == pytest.approx(1.0077 - steps[0]["value"])
     assert abs(steps[-2]["value"] - steps[-1]["value"]) < .02                       # what remains unexplained
+    both = costs.study_waterfall(6.35, test, costs.timing_of_study(log), accepted, 1.0077, sequence=.76)
+    assert both[:-1] == steps and both[-1]["value"] == .76 and both[-1]["change"] == pytest.approx(.76 - 1.0077)
 
 
 @needs_reference

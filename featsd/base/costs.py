@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TimingConfig', 'SDConfig', 'study_speedups', 'study_published', 'study_decode', 'study_relaxed', 'study_break_even',
            'expected_tau', 'speedup_iid', 'speedup_exact', 'alpha_of', 'verify_cost', 'k_free', 'costs_of',
-           'first_block', 'speedup_bound', 'Plan', 'plan', 'timing_of_study', 'accepted_curve', 'study_waterfall',
-           'chart_waterfall', 'chart_speedups']
+           'first_block', 'speedup_bound', 'Plan', 'plan', 'v_of_loop', 'clocks_of_study', 'timing_of_study',
+           'accepted_curve', 'study_waterfall', 'chart_waterfall', 'chart_speedups']
 
 # %% ../../nbs/base/costs.ipynb #42228e7e
 import math
@@ -29,7 +29,7 @@ class TimingConfig:
     adapter_ms: float = 1.5          # per call; 0 for a drafter that has none
     head_ms: float = 0.              # the target's head on one drafted state
     overhead_ms: float = 0.          # per cycle: comparison, rollback, synchronisation
-    verify: dict = field(default_factory=dict) # K -> v, a forward of K tokens over one of 1; gaps are interpolated
+    verify: dict = field(default_factory=dict) # K -> v, a forward of K tokens over one of 1; see `verify_cost`
     measured: bool = False           # on a machine; otherwise assumed
     spread: dict = field(default_factory=dict) # name -> (10th, 90th percentile), ms
     source: str = "the study's assumptions"
@@ -149,9 +149,10 @@ def alpha_of(prefix)->float:
 
 # %% ../../nbs/base/costs.ipynb #cell011
 def verify_cost(timing:TimingConfig, K)->float: # ratio to a 1-token forward
-    "v of a K-token forward: measured points joined by lines, the last slope continued; 1 where nothing was measured"
-    points = {1: 1.} | timing.verify
+    "v of a K-token forward: points measured at K ≥ 2 joined by lines, the last slope continued, the first held"
+    points = {k: v for k, v in timing.verify.items() if k > 1} # one token may run another algorithm: it stands alone
     k = sorted(points)
+    if K <= 1 or not k: return 1. # so it is where nothing was measured
     if K <= k[-1] or len(k) == 1: return float(np.interp(K, k, [points[i] for i in k]))
     slope = (points[k[-1]] - points[k[-2]]) / (k[-1] - k[-2])
     return points[k[-1]] + max(0., slope) * (K - k[-1])
@@ -256,16 +257,36 @@ def plan(timing:TimingConfig, prefix, # prefix curve over a decoder's cycles, or
         largest_c=max((1 + sum(by[g][:g]) - v[g] - o) / g for g in by), by_gamma=rows, measured_times=timing.measured)
 
 # %% ../../nbs/base/costs.ipynb #cell018
+def v_of_loop(log:dict, arm)->dict: # {K: v}
+    "A cycle of a log that verified block after block, in target steps: an upper bound of v, adapter and head included"
+    runs = log["sd_per_sample"][arm]
+    step = statistics.fmean(b["decode_ms"] / b["n_tokens"] for b in log["baseline_per_sample"])
+    cycles = sum(r["n_tokens"] / r["tokens_per_iter"] for r in runs)
+    return {round(sum(r["drafted"] for r in runs) / cycles) + 1: sum(r["sd_decode_ms"] for r in runs) / cycles / step}
+
+def clocks_of_study(log:dict, arm="L1+VL")->dict:
+    "Speedups of a log: mean of ratios and totals as two devices would have it, totals in sequence; other texts"
+    base, runs = log["baseline_per_sample"], log["sd_per_sample"][arm]
+    plain, total = sum(b["total_ms"] for b in base), lambda *keys: sum(r[k] for r in runs for k in keys)
+    free = sum(r["num_free_tok"] * r["egpt_per_token_ms"] for r in runs)
+    return {"mean of ratios": statistics.fmean(r["speedup"] for r in runs), "totals": plain / total("sd_total_ms"),
+            "in sequence": plain / (total("vl_prefill_ms", "egpt_prefill_ms", "sd_decode_ms") + free),
+            "other texts": statistics.fmean(r["text"] != b["text"] for r, b in zip(runs, base, strict=True))}
+
 def timing_of_study(log:dict, # the study's wall-clock JSON
-                    arm="L1+VL")->TimingConfig:
+                    arm="L1+VL",
+                    loops=(), # (log, arm) of its runs that verified block after block: further points of v
+                   )->TimingConfig:
     "Stage times from its samples; v from what verification added to the target's decoding"
     base, runs = log["baseline_per_sample"], log["sd_per_sample"][arm]
     mean = lambda k: statistics.fmean(r[k] for r in runs)
     step = statistics.fmean(b["decode_ms"] / b["n_tokens"] for b in base)
     added = [r["vl_decode_ms"] - (b["decode_ms"] - r["accepted"] * step) for b, r in zip(base, runs, strict=True)]
     K, v = round(mean("drafted")) + 1, 1 + statistics.fmean(ms / step for ms in added)
+    points = {k: x for more in loops for k, x in v_of_loop(*more).items()} | {K: v}
     return TimingConfig(mean("egpt_prefill_ms"), mean("egpt_per_token_ms"), mean("vl_prefill_ms"), step,
-                        mean("adapter_ms"), verify={K: v}, measured=True, source=f"the study's wall-clock run, {arm}")
+                        mean("adapter_ms"), verify=points, measured=True,
+                        source=f"the study's wall-clock run, {arm}")
 
 def accepted_curve(accepted, # tokens accepted in each first block
                    drafted:int)->list:
@@ -278,8 +299,9 @@ def study_waterfall(published, # tokens of the published estimate
                     test, # the study's metrics of one level on its test set
                     timing, # `timing_of_study`
                     accepted, # mean tokens accepted in the first block of the wall-clock run
-                    measured, # its speedup there
-                    n_out=50)->list: # {"name", "value", "change"}
+                    measured, # its speedup there, as the log sums it for two devices
+                    n_out=50, sequence=None, # the same log's on the one device that ran: a last step
+                   )->list: # {"name", "value", "change"}
     "What each omission of the study's estimate was worth"
     block, o = test["token_sd_decode_consecutive_mean"], .1
     k, (c, _) = max(timing.verify) - 1, costs_of(timing)
@@ -290,7 +312,8 @@ def study_waterfall(published, # tokens of the published estimate
              "blocks of 5, +1\nfor the target's own": study_decode(block, o),
              f"drafting costs\nc = {c:.2f} a token": (block + 1) / (5 * c + 1 + o),
              "only the first block\ncan be drafted, free": first_block(flat, once, k, n_out),
-             "verifying costs": first_block(timing, once, k, n_out), "measured": measured}
+             "verifying costs": first_block(timing, once, k, n_out), "its log, as two\ndevices would run": measured}
+    if sequence is not None: steps["its log, in sequence,\nas it ran"] = sequence
     before = [*steps.values()][:1] + [*steps.values()][:-1]
     return [{"name": n, "value": v, "change": v - b} for (n, v), b in zip(steps.items(), before, strict=True)]
 

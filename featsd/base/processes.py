@@ -94,9 +94,9 @@ def free_port()->int:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-def die_with_parent():
+def die_with_parent(number=signal.SIGTERM): # SIGKILL also reaches a child that is stopped
     "In a child: be told to stop when the parent dies, where the system can say so"
-    with contextlib.suppress(AttributeError, OSError): ctypes.CDLL(None).prctl(1, signal.SIGTERM) # PR_SET_PDEATHSIG
+    with contextlib.suppress(AttributeError, OSError): ctypes.CDLL(None).prctl(1, number) # PR_SET_PDEATHSIG
 
 @contextlib.contextmanager
 def _signals_to(handler): # called with number and frame

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.core import FeatsdError, atomic_write, parse_json
+from ..base.core import FeatsdError, atomic_write, log, parse_json
+from .identity import model_ids
 
 # %% ../../nbs/data/answers.ipynb #3d442d5f
 MAX_ID = 2**31 - 3   # ids above this are no token ids of any model
@@ -42,13 +43,15 @@ class Answers:
     target_texts: list   # str per record
     tokenizer_hash: str = ""                     # of the tokenizer that both ids belong to, "" if the log does not say
     skipped: list = field(default_factory=list)  # one line per record that was left out
+    models: dict = field(default_factory=dict)   # of `model_ids`, where the log says
 
     def __len__(self): return len(self.clip_ids)
 
     def __getitem__(self, where):
         pick = range(len(self))[where] if isinstance(where, slice) else np.arange(len(self))[np.atleast_1d(where)]
         columns = (self.clip_ids, self.questions, self.draft_ids, self.target_ids, self.draft_texts, self.target_texts)
-        return Answers(*[[column[i] for i in pick] for column in columns], self.tokenizer_hash, list(self.skipped))
+        return Answers(*[[column[i] for i in pick] for column in columns], self.tokenizer_hash, list(self.skipped),
+                       dict(self.models))
 
     @property
     def clips(self): return list(dict.fromkeys(self.clip_ids)) # distinct, in the order of the log
@@ -114,6 +117,16 @@ def _lines(f, max_record):
         try: yield f"line {number}", _json(line)
         except ValueError as e: yield f"line {number}", e
 
+def _told(record):
+    "A result under the keys of the study's first log: others nest each model's answer, or call the question otherwise"
+    if not isinstance(record, dict): return record
+    both = [record.get(k) for k in ("eventgpt", "videollava")]
+    if all(isinstance(x, dict) for x in both): # the logs by window length, of one question that they do not write down
+        said = {f"{m}_{b}": x[a] for m, x in zip(("egpt", "vl"), both, strict=True)
+                for a, b in (("output_tokens", "tokens"), ("output_text", "text")) if a in x}
+        return {"query": ""} | record | said
+    return {"query": record["question"]} | record if "question" in record else record
+
 def _study(log, n_ok=("eventgpt_success", "videollava_success")):
     "(where, record) for every result of the study's log, whose declared counts must agree with what it holds"
     if not isinstance(log, dict) or not isinstance(log.get("results"), list):
@@ -121,7 +134,24 @@ def _study(log, n_ok=("eventgpt_success", "videollava_success")):
     counts = {key: log[key] for key in n_ok if key in log}
     if any(n != len(log["results"]) for n in counts.values()):
         yield "header", ValueError(f"{counts} answers declared, {len(log['results'])} results found: unequal counts")
-    for i, record in enumerate(log["results"]): yield f"results[{i}]", record
+    for i, record in enumerate(log["results"]): yield f"results[{i}]", _told(record)
+
+# %% ../../nbs/data/answers.ipynb #records1
+def _made_by(record)->tuple: # tokenizer hash, JSON of the models
+    "What a record says of the models behind it"
+    models = record.get("models", {})
+    if not isinstance(models, dict) or not all(isinstance(v, str) for v in models.values()) or len(models) > 2:
+        raise ValueError(f"key 'models': expected texts by side, found {str(models)[:40]!r}")
+    return _text(record.get("tokenizer_hash", "")), json.dumps(models, sort_keys=True)
+
+def _again(row, where, seen)->bool:
+    "Is a record there already? Another answer to the same prompt is an error: greedy models give one"
+    clip, question, draft, target, *_ = row
+    first, ids = seen.setdefault((clip, question), (where, (draft.tolist(), target.tolist())))
+    if ids != (draft.tolist(), target.tolist()):
+        raise ValueError(f"clip {clip[:40]!r}, question {question[:40]!r}: another answer than in {first}; "
+                         "greedy models give one, keep one run per log")
+    return first != where
 
 # %% ../../nbs/data/answers.ipynb #cell012
 def read_answers(path,                    # the study's JSON or our JSONL
@@ -136,7 +166,7 @@ def read_answers(path,                    # the study's JSON or our JSONL
     if path.stat().st_size > max_bytes:
         raise FeatsdError(f"{path}: {path.stat().st_size} bytes, expected at most {max_bytes}; "
                           "raise max_bytes if this is a log of answers")
-    rows, hashes, skipped = [], set(), []
+    rows, seen, models, skipped = [], {}, set(), []
     try:
         with open(path, "rb") as f:
             first = f.readline()
@@ -148,18 +178,29 @@ def read_answers(path,                    # the study's JSON or our JSONL
             for where, record in _lines(f, 16 * 2**20) if ours else _study(_json(f.read())):
                 try:
                     if isinstance(record, ValueError): raise record
-                    rows.append(_record(record, KEYS if ours else STUDY_KEYS, max_tokens))
-                    hashes.add(_text(record.get("tokenizer_hash", "")))
+                    row = _record(record, KEYS if ours else STUDY_KEYS, max_tokens)
+                    models.add(_made_by(record))
+                    if not _again(row, where, seen): rows.append(row)
+                    else: skipped.append(f"{where}: the record of {seen[row[0], row[1]][0]} again, counted once")
                 except ValueError as e:
                     if not skip_bad: raise FeatsdError(f"{where}: {e}; mend the log, or skip bad records") from None
                     skipped.append(f"{where}: {e}")
     except ValueError as e: raise FeatsdError(f"{path}: {e}") from None
+    return _log_of(path, rows, models, skipped)
+
+# %% ../../nbs/data/answers.ipynb #records2
+def _log_of(path, rows, models, skipped):
+    "Records as `Answers`, of one tokenizer and one pair of models"
     if not rows:
         raise FeatsdError(f"{path}: no record to use, {len(skipped)} bad ones" +
                           "".join(f"; {line}" for line in skipped[:1]))
-    if len(hashes) > 1:
-        raise FeatsdError(f"{path}: records of {len(hashes)} tokenizers {sorted(hashes)}; keep one tokenizer per log")
-    return Answers(*map(list, zip(*rows, strict=True)), tokenizer_hash=hashes.pop(), skipped=skipped)
+    for k, what in enumerate(("tokenizers", "pairs of models")):
+        if len(found := {m[k] for m in models}) > 1:
+            raise FeatsdError(f"{path}: records of {len(found)} {what} {sorted(found)}; keep one of each per log")
+    tokenizer, models = models.pop()
+    if twice := [line for line in skipped if line.endswith("counted once")]:
+        log.warning(f"{path}: {len(twice)} records come twice, each is counted once; the first: {twice[0]}")
+    return Answers(*map(list, zip(*rows, strict=True)), tokenizer, skipped, json.loads(models))
 
 # %% ../../nbs/data/answers.ipynb #cell013
 def write_answers(path,             # .jsonl
@@ -167,6 +208,7 @@ def write_answers(path,             # .jsonl
                  ):
     "`answers` as JSONL in the schema above, atomically; `read_answers` gives the same back"
     extra = {"tokenizer_hash": answers.tokenizer_hash} if answers.tokenizer_hash else {}
+    if answers.models: extra["models"] = answers.models
     with atomic_write(path, "w") as f:
         columns = (answers.clip_ids, answers.questions, answers.draft_ids, answers.target_ids, answers.draft_texts,
                    answers.target_texts)
@@ -183,7 +225,7 @@ def answers_of(states)->Answers | None:
     text = lambda field: [getattr(p, field) for p in states.pairs]
     known = target.get("tokenizer_hash") or "" if isinstance(target, dict) else ""
     return Answers(text("clip_id"), text("question"), [d for _, d in ids], [t for t, _ in ids], text("draft_text"),
-                   text("target_text"), known)
+                   text("target_text"), known, models={k: v for k, v in model_ids(states.manifest).items() if v})
 
 # %% ../../nbs/data/answers.ipynb #cell016
 def first_match_length(a, b):
@@ -223,7 +265,8 @@ def agreement(a, # answers: `Answers` (its target ids), lists of ids, or ONE row
     before = np.concatenate([[1.], prefix[:-1]])
     with np.errstate(invalid="ignore"):
         marginal, conditional = hits / np.where(have, have, np.nan), prefix / np.where(before, before, np.nan)
-    return Agreement(float(lengths.mean()), float((lengths > 0).mean()), float(hits.sum() / max(1, n.sum())),
+    top1 = float(hits.sum() / n.sum()) if n.sum() else float("nan") # nothing compared
+    return Agreement(float(lengths.mean()), float((lengths > 0).mean()), top1,
                      marginal, conditional, prefix, have, lengths)
 
 # %% ../../nbs/data/answers.ipynb #cell022

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_WINDOW_BYTES', 'MAX_CLIPS', 'fit_frame', 'Window', 'simulate_window', 'video_windows', 'simulate_video',
            'find_dsec', 'frame_times', 'h5_span', 'dsec_windows', 'write_video', 'clip_entry', 'write_clip', 'Source',
-           'file_fingerprint', 'probe_source', 'Built', 'open_manifest', 'record_of', 'build_sequence', 'BuildSettings',
-           'build_dataset']
+           'file_fingerprint', 'probe_sources', 'probe_source', 'Built', 'open_manifest', 'record_of', 'of_evqa',
+           'build_sequence', 'BuildSettings', 'build_dataset']
 
 # %% ../../nbs/data/build.ipynb #cell002
 import fcntl
@@ -23,9 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.core import FeatsdError, lib_versions, read_json, settings_of, sync_folder, write_json
+from ..base.core import (
+    FeatsdError, lib_versions, read_json, say_once, settings_of, sync_folder, write_json)
 from .clips import LISTING, choose_questions, duration_us
-from .events import Events, h5_check, h5_offset, log_luminance, read_events, render_events, simulate_events
+from .events import (
+    Events, h5_check, h5_offset, log_luminance, read_events, render_events, simulate_events, without_strays)
+from .evqa import common_questions, evqa_sequences, evqa_windows, is_evqa
 from .frames import Clip, VIDEOS, frame_files, frame_indices, need_av, read_frame, video_frames
 
 # %% ../../nbs/data/build.ipynb #cell005
@@ -77,9 +80,9 @@ def video_windows(path, length, step, # µs
     def window(i):
         held, start = tuple(shots), origin + i * step
         return i, lambda: simulate_window(held, start, start + length, **simulation)
-    for at, frame in video_frames(path):
+    for at, rgb in video_frames(path):
         before, t = t, at
-        shots.append((t, fit_frame(frame.to_ndarray(format="rgb24"), max_side, size)))
+        shots.append((t, fit_frame(rgb(), max_side, size)))
         held += shots[-1][1].nbytes
         while t >= origin + index * step + length:
             yield window(index)
@@ -111,9 +114,10 @@ def simulate_video(path, # video file
     _, make = next(video_windows(path, length, length, origin, max_side, size, threshold=threshold,
                                  noise_rate=noise_rate, seed=seed))
     w = make()
-    frames = w.frames if n_frames is None else w.frames[frame_indices(len(w.frames), n_frames, frame_rule)]
-    return Clip(path.stem, frames, w.events, path.stem,
-                {"simulated": True, "threshold": threshold, "duration_us": length, "total_frames": len(w.frames)})
+    kept = list(range(len(w.frames))) if n_frames is None else frame_indices(len(w.frames), n_frames, frame_rule)
+    return Clip(path.stem, w.frames[kept], w.events, path.stem,
+                {"simulated": True, "threshold": threshold, "duration_us": length, "total_frames": len(w.frames),
+                 "kept": kept})
 
 # %% ../../nbs/data/build.ipynb #cell012
 _EVENTS = ("events/left/events.h5", "events_left/events.h5", "events.h5")
@@ -166,8 +170,11 @@ def h5_span(path): # absolute µs of the first and last event, t_offset
             if t.external or t.is_virtual or t.file.filename != f.filename:
                 raise FeatsdError(f"{path}: a column that lies outside the file; expected all inside")
             h5_check(t, 2)
-            offset = h5_offset(f)
-            return int(t[0]) + offset, int(t[-1]) + offset, offset
+            (first, last), offset = (int(t[0]), int(t[-1])), h5_offset(f)
+            if last < first:
+                raise FeatsdError(f"{path}: t begins at {first} and ends at {last} µs: a clock that wrapped or started "
+                                  "again; expected times in order, cut the recording there")
+            return first + offset, last + offset, offset
     except FeatsdError as e: raise e if str(path) in str(e) else FeatsdError(f"{path}: {e}") from None
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise FeatsdError(f"{path}: not an HDF5 file of events ({' '.join(str(e).split())[:120]}); "
@@ -189,6 +196,7 @@ def dsec_windows(folder, length, step, max_side=640): # yields (index, function 
         raise FeatsdError(f"{folder}: more than {MAX_CLIPS} clips; give a longer step")
     def make(at):
         events = read_events(file, window_us=(at - offset, at + length - offset))
+        events = without_strays(events, f"{folder.name}, window of {at}")
         chosen = range(*np.searchsorted(times, [at, at + length]))
         if not chosen: raise FeatsdError(f"0 frames between {at} and {at + length} µs")
         frames = np.stack([fit_frame(read_frame(files[i]), max_side) for i in chosen])
@@ -263,9 +271,10 @@ def write_clip(root, name, window, polarity_order="blue_last", mp4=True):
 class Source:
     "One recording: where it is, and what its clips are called"
     path: Path
-    kind: str # "video" or "dsec"
+    kind: str # "video", "dsec" or "evqa"
     sequence: str
     fingerprint: str
+    questions: tuple = () # its own, of EvQA
 
 def file_fingerprint(path)->str:
     "Sha256 over the size, first and last MiB of a file: tells recordings apart without reading 10 GB"
@@ -276,6 +285,17 @@ def file_fingerprint(path)->str:
         return hashlib.sha256(f"{size}:".encode() + head + f.read(2**20)).hexdigest()
 
 # %% ../../nbs/data/build.ipynb #460efaf2
+def probe_sources(paths)->tuple: # [Source], [(name, reason)] of those with one sensor only
+    "Every source; a folder of EvQA is one for each of its sequences"
+    found, rest = [], []
+    for path in paths:
+        if not is_evqa(path): found.append(probe_source(path)); continue
+        both, others = evqa_sequences(path)
+        if not both: raise FeatsdError(f"{path}: none of {len(others)} sequences has images; expected both sensors")
+        found += [Source(p, "evqa", name, file_fingerprint(p), tuple(qs)) for name, p, qs in both]
+        rest += others
+    return found, rest
+
 def probe_source(path)->Source:
     "A source that can be read at all, or one line that says why not"
     path = Path(path)
@@ -311,6 +331,7 @@ def _locked(folder):
     try:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise FeatsdError(f"{folder}: another build is at work here; wait for it") from None
+        except OSError as e: say_once(f"{folder}: no file locks here ({e.strerror}); start one build at a time")
         try: yield
         finally: shutil.rmtree(folder/".building", ignore_errors=True)
     finally: os.close(fd)
@@ -356,6 +377,14 @@ def record_of(source, split, clips=(), skipped=(), finished=False)->dict:
     return {"source": source.path.name, "kind": source.kind, "fingerprint": source.fingerprint, "split": split,
             "simulated": source.kind == "video", "clips": list(clips), "skipped": list(skipped), "finished": finished}
 
+def of_evqa(path, length, step, max_side=640): # yields (index, function that makes the Window)
+    "Windows of a sequence of EvQA"
+    for i, make in evqa_windows(path, length, step, lambda f: fit_frame(f, max_side)):
+        def window(make=make):
+            frames, times, events = make()
+            return Window(frames, times, without_strays(events, path.name), None)
+        yield i, window
+
 def build_sequence(root, source, settings, # as the manifest has them
                    made=lambda: None): # numbers of the clips, [{clip, reason}] of those that could not be made
     "All clips of one source; those that are there already are kept"
@@ -363,16 +392,19 @@ def build_sequence(root, source, settings, # as the manifest has them
     simulation = {k: settings[k] for k in ("threshold", "noise_rate", "seed")}
     sides = {"max_side": settings["max_side"]}
     todo = (video_windows(source.path, length, step, **sides, **simulation) if source.kind == "video" else
+            of_evqa(source.path, length, step, **sides) if source.kind == "evqa" else
             dsec_windows(source.path, length, step, **sides))
     clips, skipped = [], []
     for i, make in todo:
         name = f"{source.sequence}/{i:06d}"
         if not (root/f"event_npy/{name}.npy").is_file():
-            try: window = make(); _enough(window.events)
+            try:
+                window = make()
+                _enough(window.events)
+                write_clip(root, name, window, settings["polarity_order"], settings["mp4"])
             except FeatsdError as e:
                 skipped.append({"clip": name, "reason": str(e).replace(f"{source.path}/", "")})
                 continue
-            write_clip(root, name, window, settings["polarity_order"], settings["mp4"])
             made()
         clips.append(i)
     return clips, skipped
@@ -393,7 +425,8 @@ class BuildSettings:
     max_side:int = 640 # frames are scaled down to this, see `fit_frame`
     polarity_order:str = "blue_last" # of event_image: as the study's pictures; "last" as the official code
     mp4:bool = True # also write each clip as a video (needs PyAV)
-    questions:list = None # question file or list that goes with the data set; default: the study's ten
+    questions:list = None # question file or list that goes with the data set; default: EvQA's own, the study's ten
+    choices:bool = False # of EvQA: questions as they are, with their choices, instead of open ones
     progress:bool = True
 
     def __post_init__(self):
@@ -420,14 +453,18 @@ def build_dataset(sources, # list of video files and DSEC sequence folders
     if not sources: raise FeatsdError("no sources; expected at least one video file or DSEC sequence folder")
     if s.mp4: need_av(root/"mp4")
     asked = None if s.questions is None else choose_questions(s.questions, root)
-    found = [probe_source(source) for source in sources]
+    found, rest = probe_sources(sources)
+    if asked is None and (own := [f.questions for f in found if f.questions]):
+        asked = [q["question"] for q in common_questions(own, s.choices)]
     names = [f.sequence for f in found]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice: raise FeatsdError(f"two sources are called {twice!r}; rename one, clips are called after them")
     of_bytes = ("duration", "step", "threshold", "noise_rate", "seed", "max_side", "polarity_order")
     kept = {k: getattr(s, k) for k in of_bytes} | {"mp4": bool(s.mp4), "questions": asked}
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root): return _build(root, found, s.split, kept, s.progress)
+    with _locked(root): built = _build(root, found, s.split, kept, s.progress)
+    built.skipped += rest
+    return built
 
 # %% ../../nbs/data/build.ipynb #41dec35e
 def _build(root, found, split, settings, progress):

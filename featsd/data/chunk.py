@@ -47,6 +47,9 @@ class PairStates:
     draft_margins: np.ndarray   # float [n_draft]
     streams: dict               # stream -> [n, D] states after the final norm
     sequence: str = ""          # recording the clip was cut from, if known: neighbours overlap
+    span: tuple = ()            # first and last µs of the clip in its recording, if known
+    files: str = ""             # digest of the files it was read from, if any
+    reads: np.ndarray = None    # int [n_target], with another tokenizer: draft tokens read; -1: inside a character
 
     def rows(self, side): # "target" or "draft"
         "Tokens of that side's answer: one row of states each"
@@ -66,6 +69,8 @@ class PairInfo:
     target_text: str
     draft_text: str
     sequence: str = ""
+    span: tuple = ()
+    files: str = ""
 
 # %% ../../nbs/data/chunk.ipynb #cell007
 def encode_rows(h:torch.Tensor, # [n, D] states
@@ -199,7 +204,11 @@ _PAIR_FIELDS = {"clip_id": str, "question_idx": int, "question": str, "n_target"
 
 def _whole_pair(p):
     return (isinstance(p, dict) and all(type(p.get(k)) is t for k, t in _PAIR_FIELDS.items()) and
-            _int(p["n_target"]) and _int(p["n_draft"]) and p["question_idx"] >= 0)
+            _int(p["n_target"]) and _int(p["n_draft"]) and p["question_idx"] >= 0 and
+            isinstance(p.get("files", ""), str) and _is_span(p.get("span", [])))
+
+def _is_span(x): # of a recording's clock
+    return x == [] or type(x) is list and len(x) == 2 and all(_int(v, -2**62, 2**62) for v in x) and x[0] <= x[1]
 
 # %% ../../nbs/data/chunk.ipynb #902728f4
 def read_sidecar(file,       # chunks/chunk_….json
@@ -275,6 +284,8 @@ def pack_chunk(pairs:list, manifest:dict, head=None, draft_head=None, where="chu
     if twice: raise StoreError(f"{where}: clip {twice[0]}, question {twice[1]} comes twice; give each pair once")
     tensors, checks = {}, {}
     flat = lambda k, kind: torch.from_numpy(np.concatenate([x[k] for x in pad] or [np.zeros(0)]).astype(kind))
+    if manifest.get("alignment"):
+        tensors["target_reads"] = torch.from_numpy(np.concatenate([p.reads for p in pairs] or [[]]).astype(np.int32))
     for side, (i, m) in {"target": (0, 2), "draft": (1, 3)}.items():
         tensors[f"{side}_offsets"] = torch.from_numpy(np.cumsum([0] + [p.rows(side) for p in pairs]).astype(np.int64))
         if not manifest.get("ids", True): continue
@@ -326,6 +337,9 @@ def _checked_pair(p, manifest, where):
         if margins[side].shape != x.shape or np.isnan(margins[side]).any():
             raise StoreError(f"{who}: expected {len(x)} {side}_margins, found {margins[side].shape} with "
                              f"{int(np.isnan(margins[side]).sum())} NaN; pass one a token")
+    if (p.reads is not None) != bool(manifest.get("alignment")) or np.shape(p.reads) not in ((), ids["target"].shape):
+        raise StoreError(f"{who}: expected {len(ids['target'])} reads where, and only where, two tokenizers are "
+                         "aligned; correct the pair")
     if set(p.streams) != set(manifest["streams"]):
         raise StoreError(f"{who}: expected the streams {', '.join(manifest['streams'])}, found {', '.join(p.streams)}; "
                          "extract the same for each pair")
@@ -352,7 +366,8 @@ def save_chunk(path, start:int, stop:int, pairs:list, skipped, tensors:dict, che
     rows = [{"clip_id": p.clip_id, "question_idx": int(p.question_idx), "question": p.question,
              "n_target": p.rows("target"),
              "n_draft": p.rows("draft"), "target_text": p.target_text, "draft_text": p.draft_text,
-             "sequence": p.sequence} for p in pairs]
+             "sequence": p.sequence} | ({"span": list(p.span)} if p.span else {}) |
+            ({"files": p.files} if p.files else {}) for p in pairs]
     with disk_errors(file):
         with atomic_write(side) as s, atomic_write(file) as f: # the inner one gets its name first
             size, sha = write_tensors(f, tensors)
@@ -405,6 +420,7 @@ def _check_tensors(self:ChunkFile, at):
     want = {s: ([rows[ROWS[s]], m["target_dim" if s == "target" else "draft_dim"]], _NAMES[DTYPES[m["dtype"]]])
             for s in m["streams"]}
     want |= {s + "_scale": ([rows[ROWS[s]]], "F32") for s in m["streams"] if m["dtype"] == "fp8"}
+    if m.get("alignment"): want["target_reads"] = ([rows["target"]], "I32")
     for side, n in rows.items():
         want |= ({f"{side}_offsets": ([len(at)], "I64")} |
                  ({f"{side}_ids": ([n], "I32"), f"{side}_margins": ([n], "F32")} if m.get("ids", True) else {}))

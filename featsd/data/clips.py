@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDY_QUESTIONS', 'LISTING', 'MAX_CLIP_EVENTS', 'MAX_CLIP_BYTES', 'read_questions', 'duration_us', 'check_relative',
            'place_inside', 'Entry', 'read_listing', 'find_listing', 'choose_questions', 'FolderClips', 'check_built',
-           'open_clips', 'split_clips', 'read_clip']
+           'open_clips', 'shown_to', 'split_clips', 'read_clip']
 
 # %% ../../nbs/data/clips.ipynb #cell002
 import re
@@ -17,8 +17,10 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..base.core import FeatsdError, parse_json, read_json, sha256_file
-from .events import read_events
+from .bins import read_stream
+from .events import without_strays
 from .frames import Clip, frame_files, frame_indices, need_av, read_folder, read_video
+from .identity import file_digest
 
 # %% ../../nbs/data/clips.ipynb #cell013
 STUDY_QUESTIONS = ( # the ten most frequent of the founding study's DSEC instruction set, with their counts there
@@ -190,7 +192,7 @@ class FolderClips:
         limit = None if duration is None else duration_us(duration)
         self.root = find_listing(dataset_dir, duration).resolve()
         listing, self.split, self.limit = place_inside(self.root, LISTING), split, limit
-        self.n_frames, self.frame_rule = n_frames, frame_rule
+        self.looks = {(n_frames, frame_rule)}
         frame_indices(1, n_frames, frame_rule) # a wrong rule is said now
         if limit: check_built(self.root, duration)
         entries = read_listing(listing)
@@ -216,15 +218,34 @@ def __getitem__(self:FolderClips, i)->Clip:
     try:
         events = self.events(e)
         frames, total = self.frames(e)
+        kept, digest = self.picked(total), self.digest(i)
     except (FeatsdError, OSError) as x: # the reason goes into stores: no machine's path in it
         raise FeatsdError(" ".join(str(x).replace(f"{self.root}/", "").split())) from None
     return Clip(e.id, frames, events, e.sequence,
-                {"duration_us": events.duration_us, "total_frames": total, "simulated": e.simulated})
+                {"duration_us": events.duration_us, "total_frames": total, "simulated": e.simulated, "kept": kept,
+                 "span_us": (int(events.t[0]), int(events.t[-1])), "files": digest})
+
+@patch
+def digest(self:FolderClips, i)->str: # see `file_digest`
+    "What the files of a clip hold now"
+    e, files = self.entries[i], []
+    for part, name in (("event_npy", e.event), ("video", e.video), ("mp4", e.mp4)):
+        at = None if name is None else place_inside(self.root, PurePosixPath(part)/name)
+        if at is None or not at.exists() or part == "mp4" and len(files) > 1: continue # pictures go before the film
+        files += frame_files(at) if at.is_dir() else [at]
+    return file_digest(files, self.root)
+
+@patch
+def picked(self:FolderClips, total)->list: # of int
+    "Positions of the frames that somebody looks at"
+    chosen = [frame_indices(total, n, rule) for n, rule in sorted(self.looks)]
+    return chosen[0] if len(chosen) == 1 else sorted(set().union(*chosen))
 
 @patch
 def events(self:FolderClips, e):
     path = place_inside(self.root, PurePosixPath("event_npy")/e.event)
-    events = read_events(path, MAX_CLIP_EVENTS, MAX_CLIP_BYTES)
+    events = read_stream(path, MAX_CLIP_EVENTS, MAX_CLIP_BYTES)
+    events = without_strays(events, f"clip {e.id}")
     if len(events) < 5:
         raise FeatsdError(f"{path}: {len(events)} events, expected at least 5, one per picture; "
                           "record the clip again, or take it out of the listing")
@@ -242,11 +263,11 @@ def frames(self:FolderClips, e): # [T, H, W, 3], how many the clip has
         folder = place_inside(self.root, PurePosixPath("video")/e.video)
         if folder.is_dir():
             for f in frame_files(folder): place_inside(self.root, f.relative_to(self.root))
-            return read_folder(folder, self.n_frames, self.frame_rule)
+            return read_folder(folder, pick=self.picked)
         tried.append(f"video/{e.video}")
     if e.mp4 is not None:
         file = place_inside(self.root, PurePosixPath("mp4")/e.mp4)
-        if file.is_file(): return read_video(file, self.n_frames, self.frame_rule)
+        if file.is_file(): return read_video(file, pick=self.picked)
         tried.append(f"mp4/{e.mp4}")
     raise FeatsdError(f"{' and '.join(tried)}: no such {'folder' if e.video is not None else 'file'}; "
                       "the clip's frames are missing")
@@ -273,6 +294,12 @@ def open_clips(dataset_dir="pocket", # "pocket" for the built-in world, or a fol
         from featsd.data.world import PocketClips
         return PocketClips(split, 1000 if max_samples < 0 else max_samples, seed)
     return FolderClips(dataset_dir, split, max_samples, duration=duration, spread=spread)
+
+# %% ../../nbs/data/clips.ipynb #shownto1
+def shown_to(clips, *models):
+    "The data set, read with the frames that these models look at; models that watch no frames ask for none"
+    if looks := {m.looks for m in models if getattr(m, "looks", None)}: clips.looks = looks
+    return clips
 
 # %% ../../nbs/data/clips.ipynb #869a9fad
 def split_clips(sequences, # sequence (or clip id) of each clip

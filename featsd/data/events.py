@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_LOG', 'MAX_CANVAS', 'READERS', 'Events', 'simulate_events', 'log_luminance', 'render_events', 'check_duration',
-           'Format', 'h5_check', 'h5_offset', 'read_events', 'save_events', 'windows', 'count_image', 'voxel_grid',
-           'time_surface']
+           'Format', 'h5_check', 'h5_offset', 'read_events', 'save_events', 'without_strays', 'windows', 'count_image',
+           'voxel_grid', 'time_surface']
 
 # %% ../../nbs/data/events.ipynb #cell002
 import itertools
@@ -13,6 +13,7 @@ import math
 import warnings
 import zipfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.core import FeatsdError, atomic_write
+from ..base.core import FeatsdError, atomic_write, say_once
+from .formats import fits, npz_columns, recorded_columns
 from .pickles import Bounded, DAMAGE, read_plain_pickle
 
 # %% ../../nbs/data/events.ipynb #cell005
@@ -201,40 +203,11 @@ def _npy(path, f, max_events, window_us):
         return out, 0
     if not dtype.names or dtype.hasobject or len(shape) != 1:
         raise FeatsdError(f"an array {dtype} {shape}; expected x, y, t, p")
-    _fits(shape[0], max_events, shape[0] * dtype.itemsize, size - f.tell())
+    fits(shape[0], max_events, shape[0] * dtype.itemsize, size - f.tell())
     data = np.frombuffer(f.read(shape[0] * dtype.itemsize), dtype)
     return {name: data[name] for name in dtype.names}, 0
 
-def _fits(n, max_events, need, have):
-    "Counts and bytes that a header declares, against the limit and the file"
-    if n > max_events:
-        raise FeatsdError(f"{n} events declared, expected at most {max_events}; give a larger max_events")
-    if need > have: raise FeatsdError(f"{need} bytes declared, {have} there; the file is cut short or damaged")
-
 # %% ../../nbs/data/events.ipynb #cell030
-def _npz(path, f, max_events, window_us):
-    "An archive of columns; sizes are checked before anything is unpacked"
-    out = {}
-    with zipfile.ZipFile(f) as z:
-        for name in "xytp":
-            try: info = z.getinfo(f"{name}.npy")
-            except KeyError: continue # the missing column is named by the common check
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-                raise FeatsdError(f"{name}.npy is encrypted or packed in an unusual way; expected np.savez")
-            if info.file_size > 100 * info.compress_size + 2**24:
-                raise FeatsdError(f"{name}.npy unpacks {info.compress_size} bytes to {info.file_size}; "
-                                  "refused as a zip bomb")
-            with z.open(info) as column:
-                version = np.lib.format.read_magic(column)
-                if version != (1, 0): raise FeatsdError(f"{name}.npy has format {version}; expected 1.0")
-                shape, _, dtype = np.lib.format.read_array_header_1_0(column)
-                if dtype.kind not in "iufb" or len(shape) != 1:
-                    raise FeatsdError(f"{name} is {dtype} {shape}; expected a row of numbers")
-                _fits(shape[0], max_events, shape[0] * dtype.itemsize, info.file_size)
-                out[name] = np.frombuffer(column.read(shape[0] * dtype.itemsize), dtype)
-                if len(out[name]) != shape[0]: raise FeatsdError(f"{name}.npy is cut short")
-    return out, 0
-
 def _write_npz(f, events): np.savez(f, x=events.x, y=events.y, t=events.t, p=events.p)
 
 # %% ../../nbs/data/events.ipynb #cell031
@@ -249,13 +222,15 @@ def _lines(f, max_events, longest=2**20):
         if not line: return
         yield line
 
+_CALLED = {"on": "p", "pol": "p", "polarity": "p", "ts": "t", "timestamp": "t"} # by other programs; µs all the same
+
 def _text(path, f, max_events, window_us):
     "Blanks or commas, `#` comments, `x y t p` unless a first line of names says otherwise"
     with open(path, encoding="utf-8") as f:
         says = lambda line: line.strip() and not line.lstrip().startswith("#")
         skip, first = next(((i, line) for i, line in enumerate(_lines(f, max_events)) if says(line)), (0, ""))
     comma = "," if "," in first else None
-    words = [w.strip().lower() for w in first.split(comma)]
+    words = [_CALLED.get(w, w) for w in (w.strip().lower().partition("@")[0] for w in first.split(comma))]
     named = set("xytp") <= set(words)
     columns = [words.index(c) for c in "xytp"] if named else range(4)
     with open(path, encoding="utf-8") as f, warnings.catch_warnings():
@@ -266,14 +241,15 @@ def _text(path, f, max_events, window_us):
 
 # %% ../../nbs/data/events.ipynb #cell032
 def _hdf5(path, f, max_events, window_us):
-    "DSEC's file: events/{x,y,p,t}, t_offset to add, a window found through ms_to_idx"
+    "DSEC's file: events/{x,y,p,t} (or xs, ys, ps, ts), t_offset to add, a window found through ms_to_idx"
     try: import h5py
     except ImportError: raise FeatsdError("an HDF5 file needs two more packages; pip install h5py hdf5plugin") from None
     with suppress(ImportError): import hdf5plugin # noqa: F401 registers DSEC's compression
     with h5py.File(path, "r") as h5:
-        missing = [k for k in "xytp" if not isinstance(h5.get(f"events/{k}"), h5py.Dataset)]
+        called = "{}s" if "events/ts" in h5 else "{}" # EvQA's names, DSEC's
+        data = {k: h5.get("events/" + called.format(k)) for k in "xytp"}
+        missing = [k for k, d in data.items() if not isinstance(d, h5py.Dataset)]
         if missing: raise FeatsdError(f"no dataset events/{missing[0]}; expected DSEC's layout events/x, y, t, p")
-        data = {k: h5[f"events/{k}"] for k in "xytp"}
         if any(d.external or d.is_virtual or d.file.filename != h5.filename for d in data.values()):
             raise FeatsdError("a column that lies outside the file; expected all inside")
         numbers = all(d.dtype.kind in "iuf" for d in data.values())
@@ -281,11 +257,7 @@ def _hdf5(path, f, max_events, window_us):
             raise FeatsdError("columns of different shapes or not of numbers; expected four of one length")
         lo, hi = 0, len(data["t"])
         if window_us and isinstance(h5.get("ms_to_idx"), h5py.Dataset):
-            index = h5["ms_to_idx"]
-            h5_check(index, 2)
-            start, stop = max(0, int(window_us[0]) // 1000), -(-int(window_us[1]) // 1000)
-            lo = int(index[start]) if start < len(index) else hi
-            hi = int(index[stop]) if 0 <= stop < len(index) else hi
+            lo, hi = _between(path, data["t"], h5["ms_to_idx"], *map(int, window_us))
         if hi - lo > max_events:
             raise FeatsdError(f"{hi - lo} events, expected at most {max_events}; give window_us=(start, stop)")
         for d in data.values(): h5_check(d, hi - lo)
@@ -293,6 +265,22 @@ def _hdf5(path, f, max_events, window_us):
         except OSError as e:
             raise FeatsdError(f"compressed data cannot be read ({e}); pip install hdf5plugin") from None
         return out, h5_offset(h5)
+
+# %% ../../nbs/data/events.ipynb #h5index1
+def _between(path, t, index, start, stop): # events lo..hi hold all of [start, stop), and perhaps some around it
+    "Where a window lies, by `ms_to_idx` where that is right, which the events beside it show; else by their times"
+    h5_check(index, 2)
+    h5_check(t, 2)
+    n, ms = len(t), (max(0, start) // 1000, -(-stop // 1000))
+    lo, hi = (min(max(int(index[k]), 0), n) if 0 <= k < len(index) else n for k in ms)
+    before = lambda i, at: i == 0 or int(t[i - 1]) < at # nothing of the window lies further left
+    after = lambda i, at: i == n or int(t[i]) >= at
+    if lo <= hi and before(lo, start) and after(hi, stop): return lo, hi
+    say_once(f"{path}: ms_to_idx does not fit its events; windows are found by their times")
+    lo, hi = (bisect_left(range(n), at, key=lambda i: int(t[i])) for at in (start, stop))
+    if not (before(lo, start) and after(lo, start) and before(hi, stop) and after(hi, stop)):
+        raise FeatsdError("t is not in order, and ms_to_idx does not fit it; sort the events by t")
+    return lo, hi
 
 # %% ../../nbs/data/events.ipynb #f71b52cb
 def h5_check(d, n): # raises
@@ -332,6 +320,17 @@ def _polarity(p):
     if set(values) <= {0, 1}: return p, ""
     raise FeatsdError(f"polarities {str(values[:5])[1:-1]}; expected 0 and 1, or -1 and 1")
 
+# %% ../../nbs/data/events.ipynb #clock001
+def _clock(t, fall): # period of a clock that wraps, else 0; what it looks like
+    "Why do times fall? At 2^k it wrapped, to the first time it starts again, else the events are not in order"
+    last, then, top = t[fall].astype(np.int64), t[fall + 1].astype(np.int64), int(t.max())
+    for bits in (16, 24, 28, 30, 31, 32):
+        if top < 2**bits and t.min() >= 0 and ((last - then) > .9 * 2**bits).all():
+            return 2**bits, f"a clock of {bits} bits wrapped {len(fall)} times"
+    if (then - int(t[0]) <= .01 * (last - int(t[0]))).all() and 1000 * len(fall) < len(t):
+        return 0, f"the clock starts again {len(fall)} times: recordings joined, or one repeated?"
+    return 0, f"unsorted, {len(fall)} times"
+
 # %% ../../nbs/data/events.ipynb #e71008d9
 def _events(columns, max_events, sort):
     "Columns as Events, or an error that says what is wrong with them"
@@ -352,20 +351,26 @@ def _events(columns, max_events, sort):
     p, note = _polarity(p)
     fall = np.flatnonzero(t[1:] < t[:-1])
     if len(fall) and not sort:
-        i, wrap = int(fall[0]), ", or 16-bit stamps that wrapped" if t.dtype.itemsize == 2 else ""
-        raise FeatsdError(f"t falls from {t[i]} to {t[i + 1]} at event {i + 1} (unsorted{wrap}); "
-                          "give sort=True to sort by t")
+        i = int(fall[0])
+        raise FeatsdError(f"t falls from {t[i]} to {t[i + 1]} at event {i + 1} ({_clock(t, fall)[1]}); "
+                          "give sort=True to bring it in order")
     out = Events(x.astype(np.int32), y.astype(np.int32), t.astype(np.int64), p.astype(np.uint8), note)
     if not len(fall): return out
+    if period := _clock(t, fall)[0]: # goes on behind the wrap
+        out.t[1:] += np.cumsum(t[1:] < t[:-1]) * period
+        out.note = "; ".join(filter(None, [note, f"clock of {period} µs unwrapped"]))
+        return out
     sorted_ = out[np.argsort(out.t, kind="stable")]
     sorted_.note = "; ".join(filter(None, [note, "sorted by t"]))
     return sorted_
 
 # %% ../../nbs/data/events.ipynb #cell034
 READERS = [Format((".npy",), b"\x93NUMPY", _npy), # the study's dictionary, or fields
-           Format((".npz",), b"PK", _npz, _write_npz),
+           Format((".npz",), b"PK", npz_columns, _write_npz), # columns, event_data, event_bins
            Format((".h5", ".hdf5"), b"\x89HDF", _hdf5),
-           Format((".txt", ".csv"), b"", _text)]
+           Format((".txt", ".csv"), b"", _text),
+           Format((".aedat4",), b"#!AER-DAT4.0", recorded_columns), # of the cameras' own software
+           Format((".raw", ".dat"), b"%", recorded_columns)]
 
 def _line(error, n): return " ".join(str(error).split())[:n] or type(error).__name__
 
@@ -410,6 +415,23 @@ def save_events(path, # of a format in `READERS` that can be written: .npz
     form = {suffix: form for form in READERS if form.write for suffix in form.suffixes}
     if Path(path).suffix not in form: raise FeatsdError(f"{path}: expected a name that ends in {' or '.join(form)}")
     with atomic_write(path) as f: form[Path(path).suffix].write(f, events)
+
+# %% ../../nbs/data/events.ipynb #strays01
+def without_strays(events, what, # name of the stream, for the message
+                   share=.001): # of the events, at most
+    "A stream without the few events far outside all others: one at column 8191 of 346 squeezes the picture"
+    keep, n = np.ones(len(events), bool), len(events)
+    for v in (events.x, events.y) if n >= 100 else ():
+        rest = int(np.partition(v, -1 - (few := max(1, int(n * share))))[-1 - few]) # all but a few lie within
+        if (bad := v > 2 * (rest + 1) + 16).any(): keep &= ~bad
+    if keep.all(): return events
+    x, y, lost = events.x[~keep], events.y[~keep], int((~keep).sum())
+    note = (f"{lost} events outside the sensor left out (up to column {x.max()}, row {y.max()}; all others within "
+            f"{events.x[keep].max()}, {events.y[keep].max()})")
+    say_once(f"{what}: {note}")
+    out = Events(*(c[keep] for c in (events.x, events.y, events.t, events.p)))
+    out.note = "; ".join(filter(None, [events.note, note]))
+    return out
 
 # %% ../../nbs/data/events.ipynb #cell037
 def windows(events, # sorted by t

@@ -31,21 +31,31 @@ _NAMES = {f"{module} {name}": name for name, modules in {
 class _Name(str): pass # one of the names above, on the machine's stack
 
 class _Dtype:
-    "A pickled dtype: numbers, and strings for scalars; `object` only as the 0-d box that np.save puts around a dict"
+    "A pickled dtype: numbers, fields of numbers, strings for scalars; `object` only as a box or a row of boxes"
     def __init__(self, code):
-        if not (isinstance(code, str) and re.fullmatch(r"[|<>=]?([iufb]\d{1,2}|[US]\d{1,6}|O8?)", code)):
+        if not (isinstance(code, str) and re.fullmatch(r"[|<>=]?([iufb]\d{1,2}|[US]\d{1,6}|V\d{1,4}|O8?)", code)):
             raise FeatsdError(f"an array of dtype {str(code)[:40]!r}; expected plain numbers")
-        self.code, self.order = code.lstrip("|<>="), ""
+        self.code, self.order, self.fields = code.lstrip("|<>="), "", None
 
     def build(self, state):
-        version, self.order, *rest = state
-        if self.order not in ("|", "<", ">", "=") or any(part is not None for part in rest[:3]):
-            raise FeatsdError("an array with a structured dtype in a pickle; expected plain numbers")
+        version, self.order, sub, names, fields, *_ = state
+        if self.code[0] == "V" and sub is None and isinstance(names, tuple) and isinstance(fields, dict):
+            self.fields = [(name, *fields[name][:2]) for name in names]
+            plain = all(isinstance(d, _Dtype) and d.code[0] in "iufb" and type(at) is int for _, d, at in self.fields)
+        else: plain = sub is names is fields is None
+        if self.order not in ("|", "<", ">", "=") or not plain or len(self.fields or ()) > 16:
+            raise FeatsdError("an array with an unusual dtype in a pickle; expected numbers, or fields of numbers")
 
     @property
-    def np(self): return np.dtype((self.order if self.order != "|" else "") + self.code)
+    def np(self):
+        if self.code[0] != "V": return np.dtype((self.order if self.order != "|" else "") + self.code)
+        names, kinds, offsets = zip(*self.fields, strict=True) # numpy refuses offsets beyond the size
+        return np.dtype({"names": names, "formats": [d.np for d in kinds], "offsets": offsets,
+                         "itemsize": int(self.code[1:])})
 
 # %% ../../nbs/data/pickles.ipynb #78caa311
+class _Row(list): pass # a one-dimensional array of objects
+
 class _Array:
     "A pickled array: announced first, filled by `build` once its bytes are there"
     def __init__(self): self.value = None
@@ -53,9 +63,9 @@ class _Array:
     def build(self, state):
         version, shape, dtype, fortran, data = state
         if dtype.code[0] == "O":
-            if shape != () or not isinstance(data, list) or len(data) != 1:
+            if not isinstance(data, list) or not (shape == () and len(data) == 1 or shape == (len(data),)):
                 raise FeatsdError("an array of objects; expected plain numbers")
-            self.value = data[0]
+            self.value = _Row(data) if shape else data[0]
         else: self.value = _plain_array(data, dtype, shape, "F" if fortran else "C")
 
 def _plain_array(data, dtype, shape, order="C"):
@@ -166,12 +176,21 @@ class Bounded:
 
 def read_plain_pickle(f, # binary file, at the pickle's first byte
                       size, # bytes of the whole file
+                      many=False, # a row of such objects, which comes as a list
                      ):
     "What a pickle of plain data holds (numbers, strings, lists, dictionaries, plain arrays), without unpickling"
-    out = _unbox(_PlainPickle(size + 2**16).run(Bounded(f, size)))
-    return {key: _unbox(value) for key, value in out.items()} if isinstance(out, dict) else out
+    out = _PlainPickle(size + 2**16).run(Bounded(f, size))
+    if many and isinstance(out, _Array) and isinstance(out.value, _Row): return [_open(x) for x in out.value]
+    return _open(out)
 
-def _unbox(value): return value.value if isinstance(value, _Array) else value
+def _open(x): # one level of a dictionary is as deep as plain data goes
+    x = _unbox(x)
+    return {key: _unbox(value) for key, value in x.items()} if isinstance(x, dict) else x
+
+def _unbox(x):
+    if isinstance(x, _Array): x = x.value
+    if isinstance(x, _Row): raise FeatsdError("an array of objects; expected plain numbers")
+    return x
 
 # what readers of numpy's and pickle's formats raise on bytes that are not theirs
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, OSError, EOFError,

@@ -115,7 +115,11 @@ def aligner(adapter): # function(batch)
     if adapter is None: return as_it_is
     if not hasattr(adapter, "rows"):
         raise FeatsdError(f"adapter {adapter!r}: expected one of `create_adapter` or `load_any_adapter(path)[0]`")
-    return lambda b: adapter.rows(b.h_draft, b.mask.bool())
+    if getattr(adapter, "reads", ("draft",)) == ("draft",): return lambda b: adapter.rows(b.h_draft, b.mask.bool())
+    def of_both(b): # a level that reads the target's states, and perhaps its tokens
+        mask = b.mask.bool()
+        return adapter.of_states(b.h_draft, mask, b.h_target[mask], None if b.ids is None else b.ids[mask])
+    return of_both
 
 # %% ../../nbs/data/scores.ipynb #cell018
 class _Flat:

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..base.core import sync_folder, write_json
+from ..base.core import FeatsdError, say_once, sync_folder, write_json
 from .chunk import (
     ChunkFile, DTYPE_BYTES, PairInfo, ROWS, SCHEMA, StoreError, check_hash, chunk_file, chunk_starts, disk_errors, fill,
     inside, not_finite, pack_chunk, read_errors, read_manifest, read_sidecar, row_starts, same_settings, save_chunk)
 from .head import Head
+from .identity import split_pairs
 
 # %% ../../nbs/data/store.ipynb #cell006
 @dataclass
@@ -60,6 +61,9 @@ class StoreLock:
     def _try(self, how):
         try: fcntl.flock(self.file, how | fcntl.LOCK_NB); return True
         except BlockingIOError: return False
+        except OSError as e: # a network's file system
+            say_once(f"{self.path}: no file locks here ({e.strerror}); start one writer at a time")
+            return how == fcntl.LOCK_EX
     def _take(self):
         self.first = self._try(fcntl.LOCK_EX)
         if self.first:
@@ -213,8 +217,8 @@ class StoreSource:
             ChunkFile(file, self.manifest, at)
             # file, first target row, first draft row
             self.where += [(len(self.files), int(t), int(f)) for t, f in at[:-1]]
-            self.pairs += [PairInfo(len(self.pairs) + k,
-                                    **{f: p[f] for f in PairInfo.__dataclass_fields__ if f != "index"})
+            known = lambda p: {f: p[f] for f in PairInfo.__dataclass_fields__ if f in p and f != "span"}
+            self.pairs += [PairInfo(len(self.pairs) + k, **known(p), span=tuple(p.get("span", ())))
                            for k, p in enumerate(d["pairs"])]
             self.files.append(file)
         if not self.pairs: raise StoreError(f"{self.path}: expected stored pairs, found none; run the extraction first")
@@ -300,6 +304,8 @@ class States:
     def draft_ids(self, i): return self._answer(i, "draft", "ids")           # int64 [n_draft] or None
     def target_margins(self, i): return self._answer(i, "target", "margins") # float32 [n_target] or None
     def draft_margins(self, i): return self._answer(i, "draft", "margins")   # float32 [n_draft] or None
+    def target_reads(self, i): # int32 [n_target], with another tokenizer: draft tokens read; -1 inside a character
+        return self._answer(i, "target", "reads") if self.manifest.get("alignment") else None
 
     def length(self, i, stream): # positions of pair i: the free stream ends with the shorter answer
         p = self.pairs[i]
@@ -317,25 +323,14 @@ def subset(self:States, indices): # positions in this States
 
 @patch
 def split(self:States, val_split=.1, seed=0)->tuple: # train, val
-    "Two disjoint sets of recordings where they are known, else of clips: questions of one clip never part"
+    "Two disjoint sets of recordings where they are known, of stretches of one recording, else of clips"
     if not 0 <= val_split < 1:
         raise StoreError(f"{self.path}: expected val_split in [0, 1), found {val_split}; .1 is usual")
     if val_split == 0: return self, self.subset([])
-    seqs = {p.sequence for p in self.pairs}
-    key = (lambda p: p.sequence) if "" not in seqs and len(seqs) > 1 else (lambda p: p.clip_id)
-    groups = sorted({key(p) for p in self.pairs})
-    if len(groups) < 2:
-        raise StoreError(f"{self.path}: expected two clips or more to split, found {len(groups)}; "
-                         "pass validation data of its own")
-    size = {g: 0 for g in groups}
-    for p in self.pairs: size[key(p)] += 1
-    val, have, want = set(), 0, val_split * len(self)
-    for g in (groups[k] for k in np.random.default_rng(seed).permutation(len(groups))[:-1]):
-        if val and have + size[g] / 2 > want: break
-        val.add(g)
-        have += size[g]
-    part = [[i for i, p in enumerate(self.pairs) if (key(p) in val) == v] for v in (False, True)]
-    return self.subset(part[0]), self.subset(part[1])
+    try: train, val, note = split_pairs(self.pairs, val_split, seed)
+    except FeatsdError as e: raise StoreError(f"{self.path}: {e}") from None
+    if note: say_once(f"{self.path}: {note}")
+    return self.subset(train), self.subset(val)
 
 # %% ../../nbs/data/store.ipynb #0064a56f
 @patch
@@ -461,6 +456,8 @@ def _verify_chunk(path, start, manifest, sides): # sides[start]: the sidecar, on
             raise StoreError(f"{file}: expected finite states, found {bad} rows of {s} that are not; "
                              "drop it with `featsd_verify --repair` and resume")
     for name in ("target_ids", "draft_ids"): c.flat(name)
+    if manifest.get("alignment") and (c.flat("target_reads") < -1).any():
+        raise StoreError(f"{file}: expected target_reads from -1 up, found less; drop it with `featsd_verify --repair`")
 
 def _verify_study(path):
     try: states = open_states(path)

@@ -145,7 +145,7 @@ def _check_shapes(folder, config): # raises
 # %% ../../nbs/models/pocket.ipynb #cell012
 @patch(cls_method=True)
 def from_pretrained(cls:Pocket, folder, quant="fp32",
-                    device="cpu", # cuda, cuda:N, auto
+                    device:str="cpu", # cuda, cuda:N, auto
                    )->Pocket:
     "The model in a checkpoint folder"
     where = placement(device)

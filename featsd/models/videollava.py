@@ -7,6 +7,7 @@ __all__ = ['PROMPTS', 'video_prompt', 'VideoLLaVA', 'ask_videollava']
 
 # %% ../../nbs/models/videollava.ipynb #cell002
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,18 +16,18 @@ from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
 from ..base.core import FeatsdError, command
 from ..data.events import Events
-from ..data.frames import Clip, clip_pixels, frame_indices, read_folder, read_video
+from ..data.frames import Clip, clip_pixels, frame_indices, read_folder, read_video, seen_frames
 from .backbone import Backbone, folder_hash, print_answer, quant_kwargs
 from .checkpoint import (
-    config_of_kind, local_folder, placement, quiet_transformers, read_tokenizer, tensor_shapes, variant)
+    check_question, config_of_kind, local_folder, placement, quiet_transformers, read_tokenizer, tensor_shapes, variant)
 
 # %% ../../nbs/models/videollava.ipynb #cell005
 PROMPTS = {"space": "USER: <video>\n{} ASSISTANT:", "newline": "USER: <video>\n{}\nASSISTANT:"}
 
 def video_prompt(tokenizer, video_id, question, form="space"): # ids before and after the frames' tokens
     "The conversation around the video"
+    check_question(tokenizer, question)
     ids = [tokenizer.bos_token_id, *tokenizer.encode(PROMPTS[form].format(question), add_special_tokens=False)]
-    if ids.count(video_id) != 1: raise FeatsdError(f"question {question!r}: expected no <video> in it; ask in words")
     at = ids.index(video_id)
     return ids[:at], ids[at + 1:]
 
@@ -45,9 +46,9 @@ class VideoLLaVA(Backbone):
         lm.model.image_tower = None # 300M weights that only single pictures need
         self.tower, self.projector = lm.model.video_tower, lm.model.multi_modal_projector
         self.frames, self.frame_rule, self.prompt_form = frames, frame_rule, prompt_form
+        self.looks = frames, frame_rule
         self.video_id, self.picture_size = lm.config.video_token_id, lm.config.vision_config.image_size
         if not all_ids: self.head = self.head.restricted(min(lm.config.image_token_id, self.video_id))
-        if self.eos_id is None: self.eos_id = lm.config.text_config.eos_token_id
 
     def pictures(self, frames): # uint8 [T, H, W, 3] → float32 [n, 3, S, S]
         "The chosen frames as the tower gets them"
@@ -59,7 +60,7 @@ class VideoLLaVA(Backbone):
     def see(self, clip): # [1, n·(P+1), D]
         "Tokens of a clip's frames, all patches and the class token of each"
         where = self.tower.embeddings.patch_embedding.weight
-        x = self.pictures(clip.frames).to(where.device, where.dtype)[None] # [1, n, 3, S, S]
+        x = self.pictures(seen_frames(clip, *self.looks)).to(where.device, where.dtype)[None] # [1, n, 3, S, S]
         x = self.lm.model.get_video_features(pixel_values_videos=x).pooler_output # [n, P+1, D]
         return x.flatten(0, 1)[None].to(self.device, self.dtype)
 
@@ -71,12 +72,12 @@ class VideoLLaVA(Backbone):
 @patch(cls_method=True)
 def from_pretrained(cls:VideoLLaVA, path, # folder or hub name
                     quant="fp32", # fp32, fp16, bf16, 8bit, 4bit; the study: 4bit, the rest fp16
-                    device="auto", # auto, cpu, cuda, cuda:N
+                    device:str="auto", # auto, cpu, cuda, cuda:N
                     name=None, # default: the folder's
-                    frames=8, # that the model looks at
-                    frame_rule="linspace", # or arange
-                    prompt_form="space", # before ASSISTANT; or newline
-                    all_ids=False, # let answers hold placeholders
+                    frames:int=8, # that the model looks at
+                    frame_rule:Literal["linspace", "arange"]="linspace", # see `frame_indices`
+                    prompt_form:Literal["space", "newline"]="space", # before ASSISTANT
+                    all_ids:bool=False, # let answers hold placeholders
                    )->VideoLLaVA:
     "Video-LLaVA from a checkpoint of transformers, today's or the hub's older names"
     folder, where = local_folder(path), placement(device)

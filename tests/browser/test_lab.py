@@ -282,17 +282,18 @@ def test_a_chart_and_a_table_show_themselves(lab, open_lab, shots):
     assert seen(2) == [1, 0] and seen(4) == [1, 0] and p.cell(4).locator(".noUi-handle").count() == 1
     assert p.trace(2, 1) == [[0, 1, 2], [1., .9, .7]] and p.trace(4, 2)[1] == [.5, .4, .3]
     p.show(2)
-    p.page.wait_for_timeout(500)
-    p.page.mouse.move(*p.page.evaluate("""() => { const f = document.querySelectorAll('.jp-Notebook .jp-Cell')[2].querySelector('.js-plotly-plot'), r = f.getBoundingClientRect(), l = f._fullLayout
-        return [r.x + l._size.l + l.xaxis.d2p(2), r.y + l._size.t + l.yaxis.d2p(.7)] }"""))
-    p.page.wait_for_function("() => document.querySelector('.hoverlayer .hovertext')")
-    assert p.cell(2).locator(".hovertext tspan").all_text_contents() == ["a", "2: 0.7", "95 % interval 0.6 … 0.8", "n = 7"]
+    def hovered(): # the page may still be scrolling: point again until the figure answers
+        x, y = p.page.evaluate("""() => { const f = document.querySelectorAll('.jp-Notebook .jp-Cell')[2].querySelector('.js-plotly-plot'), r = f.getBoundingClientRect(), l = f._fullLayout
+            return [r.x + l._size.l + l.xaxis.d2p(2), r.y + l._size.t + l.yaxis.d2p(.7)] }""")
+        for dx in (1, 0): p.page.mouse.move(x + dx, y)
+        assert p.cell(2).locator(".hovertext tspan").all_text_contents() == ["a", "2: 0.7", "95 % interval 0.6 … 0.8", "n = 7"]
+    comes(hovered)
     p.page.screenshot(path=shots/"chart.png")
     assert p.cell(3).locator("td").all_inner_texts() == ["<b>a</b>", "3"]
     assert p.page.evaluate("[...document.querySelectorAll('.jp-RenderedHTMLCommon td')].map(t => getComputedStyle(t).textAlign)") == ["left", "right"]
 
 
-BOXES = {"nbs/lab/sliders.ipynb": 4, "nbs/03_metrics.ipynb": 0, "nbs/03c_threshold.ipynb": 1, "nbs/04_timeline.ipynb": 2} # controls
+BOXES = {"nbs/lab/sliders.ipynb": 4, "nbs/lab/tour.ipynb": 4, "nbs/03_metrics.ipynb": 0, "nbs/03c_threshold.ipynb": 1, "nbs/04_timeline.ipynb": 2} # controls
 LIVE = "application/vnd.plotly.v1+json"
 VISIBLE = "all => all.filter(n => n.checkVisibility()).map(n => n.complete ? n.naturalWidth : 0)" # widths of pictures
 

@@ -1,0 +1,240 @@
+"Two models at once: the law whatever the order of messages, plain decoding's ids, a second process that dies or hangs"
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import deque
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from closeness import near
+from patience import HANG, gone, until
+from test_decode import EXACT, PATHS, TableDraft, TableTarget, distance, own_law
+
+from featsd.asynchronous import (
+    Coupled, Pace, Partner, Scribe, SharedNoise, ask_settings, asked_sampling, speculative_decode_async)
+from featsd.base.core import FeatsdError
+from featsd.base.wire import Message, decode_message, encode_message
+from featsd.decode import (
+    Cosine, Draft, EveryChoice, Greedy, Prompt, Sampled, Sampling, exact_law, plain_decode)
+
+HERE = Path(__file__).parent
+ASKED = Prompt(SimpleNamespace(clip_id="clip"), question="what?")
+
+
+class Eager(Pace):
+    "Takes what is there and never waits: which tokens are verified is the schedule's choice alone"
+    def choose(self, have, most, waited_ms=0.): return min(have, most), 0.
+
+
+class Wire:
+    "Both ends in one process; `script` says how many steps the drafter does before each look, `order` what becomes of messages"
+    def __init__(self, scribe, script, order=None):
+        self.scribe, self.script, self.order = scribe, deque(script), order or (lambda new, old: new)
+        self.dead, self.heard_at, self.fresh, self.old, self.link = "", 0., [], [], self
+    def send(self, m): self.scribe.hear(m)
+    def poll(self):
+        for _ in range(self.script.popleft() if self.script else 0):
+            if m := self.scribe.work(): self.fresh.append(m)
+        out, self.old, self.fresh = self.order(self.fresh, self.old), self.old + self.fresh, []
+        return out
+    def wait(self, seconds): return False
+
+
+class Twice(Scribe):
+    "Hears everything twice, what stands also once more when it is old"
+    kept = ()
+    def hear(self, m):
+        for x in (m, m, *self.kept): super().hear(x)
+        self.kept = [x for x in (*self.kept, m) if x.kind == "stand"][-2:]
+
+
+ORDERS = {"as it is": None, "backwards": lambda new, old: new[::-1], "twice": lambda new, old: old + new + new,
+          "one look late": lambda new, old: old[-2:], "the last is lost": lambda new, old: new[:-1]}
+
+
+class EveryWord(EveryChoice):
+    "The target's draws, each outcome in turn; a drafter's own come from elsewhere and are whatever they are"
+    at = 0
+    def draw(self, law):
+        self.at += 1
+        return super().draw(law)
+
+
+class Fickle(TableDraft):
+    "Drafts anything, and for a word of its choice falls silent"
+    def __init__(self, table, rng): self.table, self.rng = table, rng
+    def propose(self, gamma):
+        token = self.rng.randrange(self.table.V)
+        return Draft([] if token == 2 and self.rng.random() < .5 else [token])
+
+
+def async_law(target, script, order=None, L=3, scribe=Scribe, warp=(1., 0, 1.)):
+    def run(sampling):
+        sampling.at = 0
+        side = scribe([Fickle(target, random.Random(7))], lambda key: ASKED, target.eos_ids)
+        partner = Partner(Wire(side, script, order))
+        partner.pace = Eager(partner.gamma)
+        return speculative_decode_async(target, partner, ASKED, Coupled(sampling), L).ids
+    return exact_law(run, EveryWord(*warp))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scribe", [Scribe, Twice])
+@pytest.mark.parametrize("warp,eos", [((1., 0, 1.), None), ((.7, 2, 1.), 1)])
+def test_the_law_is_the_targets_whatever_the_schedule(order, scribe, warp, eos):
+    "Every interleaving of up to three drafter steps before each of the target's looks, under every order of messages"
+    target = TableTarget(5, eos=eos)
+    want = own_law(target, EveryChoice(*warp), 3)
+    for script in product((0, 1, 3), repeat=3):
+        law = async_law(target, (1, *script), ORDERS[order], scribe=scribe, warp=warp)
+        near(sum(law.values()), 1., PATHS, torch.float64)
+        assert distance(law, want) <= EXACT, script
+
+
+def test_an_order_that_reads_the_words_cannot_change_the_law():
+    "The adversary: it lets a draft through only where the draft says what it likes"
+    target = TableTarget(5)
+    for word in range(3):
+        law = async_law(target, (3, 3, 3), lambda new, old, word=word: [m for m in new if m.ids != [word]])
+        assert distance(law, own_law(target, EveryChoice(), 3)) <= EXACT
+
+
+def test_a_rule_that_lets_drafts_decide_is_caught(monkeypatch):
+    "The mutant: a draft stands where the noise is kind, whatever the target says"
+    def accept(self, p, draft, h=None):
+        said = [self.sampling.draw(p[0])]
+        return (1, self.sampling.draw(p[1])) if draft.ids and draft.ids[0] >= said[0] else (0, said[0])
+    monkeypatch.setattr(Coupled, "accept", accept)
+    target = TableTarget(5)
+    assert distance(async_law(target, (3, 3, 3)), own_law(target, EveryChoice(), 3)) > .01
+
+
+def test_the_same_noise_gives_the_same_answer_with_and_without_drafts():
+    "Sampled ids do not know whether anybody drafted, nor how well; a good draft is mostly taken"
+    class Sampler(TableDraft):
+        def propose(self, gamma): return Draft([self.sampling.draw(self.sampling.law(self.table.logits(self.ids)))])
+    accepted = tried = 0
+    for n in range(60):
+        target, rule = TableTarget(n, 5), lambda n=n: Coupled(SharedNoise(.9, seed=n, at=100))
+        alone = speculative_decode_async(target, Partner(SimpleNamespace(link=None)), ASKED, rule(), 12).ids
+        assert alone == plain_decode(target, ASKED, rule(), 12).ids
+        for table in (target, TableTarget(n + 1, 5)):
+            partner = Partner(Wire(Scribe([Sampler(table)], lambda key: ASKED, ()), [4] * 99))
+            partner.pace = Eager(partner.gamma)
+            got = speculative_decode_async(target, partner, ASKED, rule(), 12)
+            assert got.ids == alone
+            if table is target: accepted, tried = accepted + sum(got.accepted), tried + sum(got.drafted)
+    assert accepted == tried > 0 # the same law and noise: the same words
+
+
+def plain(target, L, state=None):
+    ids = []
+    while len(ids) < L and (not ids or ids[-1] not in target.eos_ids): ids.append(int(target.logits(ids).argmax()))
+    return ids
+
+
+def test_any_schedule_gives_plain_decodings_ids():
+    "Two thousand random schedules, orders, losses and lies"
+    rng, V = random.Random(0), 5
+    for n in range(2000):
+        target, table = TableTarget(n, V, eos=4 if n % 3 else None), TableTarget(n + n % 2, V)
+        class Greedily(TableDraft):
+            def propose(self, gamma):
+                return Draft([] if rng.random() < .1 else [int(self.table.logits(self.ids).argmax())])
+        def order(new, old):
+            some = new + [m for m in old if rng.random() < .2]
+            rng.shuffle(some)
+            return [m for m in some if rng.random() < .9]
+        scribe = (Scribe, Twice)[n % 2]([Greedily(table)], lambda key: ASKED, target.eos_ids)
+        wire = Wire(scribe, [rng.choice((0, 0, 1, 2, 5, 20)) for _ in range(60)], order)
+        partner = Partner(wire, gamma=rng.choice((1, 3, 15)))
+        if n % 4: partner.pace = Eager(partner.gamma)
+        got = speculative_decode_async(target, partner, ASKED, Greedy(), 12)
+        assert got.ids == plain(target, 12), n
+        assert sum(got.accepted) == sum(got.from_draft) or got.ids[-1] in target.eos_ids
+        assert len(got.drafted) == len(got.blocks) == got.cycles
+
+
+def test_a_drafter_behind_the_text_catches_up():
+    "What stands in several messages, out of order, is put together; the drafter turns back once"
+    target = TableTarget(3, 5)
+    side = Scribe([TableDraft(TableTarget(3, 5), certain=True)], lambda key: ASKED, ())
+    side.hear(Message("ask", 1, 0, 7, ask_settings(Coupled(SharedNoise()), 40, 20)))
+    words = plain(target, 40)
+    for at in (20, 10, 0, 10): side.hear(Message("stand", 1, position=at, ids=words[at:at + 10]))
+    assert side.stands == words[:30] == side.text and side.branch == 1
+    assert side.work().kind == "ready" and side.work().ids == words[30:31]
+    side.hear(Message("stand", 1, position=30, ids=words[30:32]))
+    assert side.text == words[:32] and side.branch == 2
+    side.hear(Message("stand", 0, position=32, ids=[0, 0])) # of an older answer
+    assert side.text == words[:32]
+
+
+def test_pace_learns_when_to_wait():
+    good, bad = Pace(15), Pace(15)
+    for _ in range(200):
+        for p, n in ((good, 8), (bad, 0)):
+            p.verified(8, n, 10. + .4 * 8), p.verified(0, 0, 10.), p.drafted(1.)
+    assert good.choose(0, 15)[0] >= 8 and good.choose(0, 15)[1] > 0
+    assert bad.choose(0, 15) == (0, 0.) and bad.choose(8, 15) == (0, 0.)
+    assert abs(good.verify_ms(4) - 11.6) < .1 and Pace(5).choose(0, 5) == (0, 0.)
+    assert good.choose(0, 2)[0] <= 2 # no more than what is left
+
+
+def test_settings_cross_the_wire():
+    s = SharedNoise(.7, 40, .9, 5, 77)
+    got = asked_sampling(decode_message(encode_message(Message("ask", ids=ask_settings(Coupled(s), 50, 32))), 10).ids)
+    assert (got.top_k, round(got.temperature, 6), round(got.top_p, 6), got.seed, got.at) == (40, .7, .9, 5, 77)
+    assert asked_sampling(ask_settings(Greedy(), 50, 32)) is None
+    for rule in (Cosine(.9), Sampled(Sampling())):
+        with pytest.raises(FeatsdError, match="in turn"):
+            speculative_decode_async(TableTarget(1), Partner(SimpleNamespace(link=None)), ASKED, rule)
+    with pytest.raises(FeatsdError, match="1 ≤ gamma < ahead"): Partner(None, gamma=0)
+
+
+def test_alone_it_is_plain_decoding():
+    "No second process: the answer is complete, and says nothing"
+    target = TableTarget(2, 5)
+    assert speculative_decode_async(target, Partner(SimpleNamespace(link=None)), ASKED, Greedy(), 20).ids == plain(target, 20)
+
+
+# ---- a second process that dies, hangs, returns; and one whose target dies
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))}
+
+
+def server(*args): return [sys.executable, str(HERE/"async_server.py"), *map(str, args)]
+
+
+@pytest.mark.parametrize("n", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_the_answer_goes_on_whatever_becomes_of_the_drafting_process(n):
+    r = subprocess.run(server("disturb", n, n), env=ENV, capture_output=True, text=True, timeout=HANG)
+    assert r.returncode == 0, r.stdout[-1000:] + r.stderr[-4000:]
+    got = json.loads(r.stdout.splitlines()[-1])
+    print(", ".join(f"{v} {k}" for k, v in got.items()))
+    assert got["identical"] == got["answers"] > 0 and got["killed"] + got["stopped"] >= n
+    assert 1 < got["lives"] <= got["killed"] + 1 + got["lost"] and got["drafted"] > 0 # it came back, and was used
+    assert "Traceback" not in r.stderr, r.stderr[-2000:]
+    assert r.stderr.count("goes on without it") <= got["killed"] + got["stopped"]
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_nothing_is_left_when_the_target_is_killed(n):
+    rng = random.Random(n)
+    for i in range(n):
+        p = subprocess.Popen(server("run", 0, i), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        pids = [int(x) for x in p.stdout.readline().split()[1:]]
+        assert len(pids) == 2
+        if i % 2: os.kill(pids[1], 19) # stopped: it ends all the same
+        end = time.monotonic() + rng.random()
+        until(lambda end=end: time.monotonic() > end)
+        p.kill()
+        p.wait()
+        for pid in pids: until(lambda pid=pid: gone(pid))

@@ -1,0 +1,121 @@
+"Pictures and films of this world: what a viewer shows is what a model sees"
+import struct
+from itertools import product
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featsd.base.core import FeatsdError, say_once
+from featsd.data.frames import Clip, frame_indices, read_folder, read_frame, read_video, seen_frames
+
+
+@pytest.fixture(autouse=True)
+def heard_anew(): say_once.cache_clear()
+
+
+def corner(h=32, w=48): # bright at the top left, dimmer to the right
+    x = np.full((h, w, 3), 20, np.uint8)
+    x[:h // 2, :w // 2] = 230
+    x[:h // 2, w // 2:] = 120
+    return x
+
+
+def where(x): # quarters, brightest first
+    h, w = x.shape[0] // 2, x.shape[1] // 2
+    parts = {"tl": x[:h, :w], "tr": x[:h, w:], "bl": x[h:, :w], "br": x[h:, w:]}
+    return sorted(parts, key=lambda k: -parts[k].mean())[:2]
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_a_photo_is_turned_as_its_exif_says(tmp_path, tag):
+    shown = Image.fromarray(corner())
+    turn = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]} # as the camera held it
+    stored, exif = shown, Image.Exif()
+    for how in turn.get(tag, []): stored = stored.transpose(Image.Transpose(how))
+    exif[0x0112] = tag
+    stored.save(tmp_path/"a.png", exif=exif)
+    assert (read_frame(tmp_path/"a.png") == corner()).all()
+
+
+@pytest.mark.parametrize("levels", [np.arange(256) * 257, np.arange(0, 65536, 13)])
+def test_sixteen_bits_of_grey_are_scaled(tmp_path, levels):
+    Image.fromarray(levels.astype(np.uint16)[None].repeat(4, 0)).save(tmp_path/"000.png")
+    got = read_frame(tmp_path/"000.png")[0, :, 0]
+    assert (got == np.round(levels / 257)).all() # libpng's scaling
+
+
+def film(path, n=40, codec="libx264", rate=20, **options):
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as out:
+        s = out.add_stream(codec, rate=rate, options={"crf": "5", "bf": "0", "g": "5"} if codec == "libx264" else {})
+        s.width, s.height, s.pix_fmt = 48, 32, "yuv420p"
+        for k, v in options.items(): setattr(s, k, v)
+        for i in range(n):
+            x = corner()
+            x[24:] = 5 * i % 250
+            for p in s.encode(av.VideoFrame.from_ndarray(x, format="rgb24")): out.mux(p)
+        out.mux(s.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("matrix", [m for m in product((-1, 0, 1), repeat=4) if abs(m[0] * m[3] - m[1] * m[2]) == 1
+                                    and sum(map(abs, m)) == 2])
+def test_a_film_is_turned_as_its_container_says(tmp_path, matrix):
+    d = bytearray(film(tmp_path/"v.mp4", 6).read_bytes())
+    at = d.find(b"tkhd") + 4
+    at += 4 + (32 if d[at] else 20) + 16
+    a, b, c, e = (65536 * v for v in matrix)
+    d[at:at + 36] = struct.pack(">9i", a, b, 0, c, e, 0, 0, 0, 1 << 30)
+    (tmp_path/"v.mp4").write_bytes(d)
+    x = read_video(tmp_path/"v.mp4", 1)[0][0]
+    # where the corners (±1, ±1) go, y down: x' = ax + cy, y' = bx + ey
+    name = lambda u, v: ("t" if v < 0 else "b") + ("l" if u < 0 else "r")
+    go = lambda u, v: name(matrix[0] * u + matrix[2] * v, matrix[1] * u + matrix[3] * v)
+    assert where(x) == [go(-1, -1), go(1, -1)]
+    assert x.shape == ((32, 48, 3) if matrix[0] else (48, 32, 3))
+
+
+def test_pixels_that_are_not_square_are_shown_wide(tmp_path):
+    from fractions import Fraction
+    f = film(tmp_path/"v.mkv", 4, sample_aspect_ratio=Fraction(2))
+    assert read_video(f, 1)[0].shape[1:] == (32, 96, 3)
+
+
+def test_a_film_that_was_cut_says_so(tmp_path, caplog):
+    data = film(tmp_path/"v.mkv").read_bytes()
+    assert read_video(tmp_path/"v.mkv")[1] == 40 and not caplog.text
+    (tmp_path/"cut.mkv").write_bytes(data[:int(.6 * len(data))])
+    assert read_video(tmp_path/"cut.mkv")[1] < 40
+    assert "declares 2.00 s, only" in caplog.text and "get it again" in caplog.text
+
+
+def test_films_joined_end_to_end_are_read_to_the_end(tmp_path, caplog):
+    data = film(tmp_path/"v.mpg", 30, "mpeg1video", 25).read_bytes()
+    (tmp_path/"joined.mpg").write_bytes(data + data)
+    one, both = read_video(tmp_path/"v.mpg")[1], read_video(tmp_path/"joined.mpg")[1]
+    assert both >= 2 * one - 2 and "starts again 1 times" in caplog.text
+
+
+def test_frames_far_apart_are_said(tmp_path, caplog):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path/"v.mkv"), "w") as out:
+        s = out.add_stream("libx264", rate=20, options={"bf": "0"})
+        s.width, s.height, s.pix_fmt = 48, 32, "yuv420p"
+        for at in (0, 1, 2, 3, 4, 30):
+            f = av.VideoFrame.from_ndarray(corner(), format="rgb24")
+            f.pts = at
+            out.mux(s.encode(f))
+        out.mux(s.encode(None))
+    read_video(tmp_path/"v.mkv")
+    assert "chosen by number" in caplog.text
+
+
+def test_a_model_takes_its_own_frames_or_says_that_they_are_missing(tmp_path):
+    for i in range(20): Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path/f"{i:03d}.png")
+    looks = [(8, "linspace"), (16, "linspace"), (8, "arange")]
+    pick = lambda total: sorted({k for n, r in looks for k in frame_indices(total, n, r)})
+    frames, total = read_folder(tmp_path, pick=pick)
+    clip = Clip("c", frames, None, "s", {"kept": pick(total), "total_frames": total})
+    for n, rule in looks: assert seen_frames(clip, n, rule)[:, 0, 0, 0].tolist() == frame_indices(20, n, rule)
+    with pytest.raises(FeatsdError, match="read it with n_frames=5"): seen_frames(clip, 5, "linspace")

@@ -1,0 +1,237 @@
+"Event files, data sets and logs as people have them: bad parts are counted, options are heard, nobody is mistaken"
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_commands import run
+from tiny_checkpoints import write_eventgpt, write_videollava
+
+from featsd.base.core import FeatsdError, say_once
+from featsd.data.acceptance import acceptance_of, is_acceptance
+from featsd.data.answers import read_answers
+from featsd.data.build import build_dataset
+from featsd.data.clips import LISTING, open_clips, shown_to
+from featsd.data.events import read_events
+from featsd.data.store import open_states
+from featsd.models.backbone import load_backbone, load_pair
+
+h5py = pytest.importorskip("h5py")
+
+
+@pytest.fixture(autouse=True)
+def heard_anew(): say_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")/"50% of what?a=1&b, c"
+    write_eventgpt(root/"eg"), write_videollava(root/"vl")
+    return root
+
+
+def events(seed, n=400):
+    rng = np.random.default_rng(seed)
+    t = np.sort(rng.integers(0, 90_000, n))
+    return {"x": rng.integers(0, 33, n).astype(np.uint16), "y": rng.integers(0, 24, n).astype(np.uint16),
+            "t": t.astype(np.int64), "p": rng.integers(0, 2, n).astype(np.uint8)}
+
+
+def dataset(root, clips, frames=20, split="train"):
+    rows = []
+    for name, columns in clips.items():
+        (root/"event_npy"/name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root/"event_npy"/f"{name}.npy", np.array(columns, dtype=object), allow_pickle=True)
+        (root/"video"/name).mkdir(parents=True)
+        for i in range(frames):
+            Image.fromarray(np.full((26, 35, 3), 12 * i, np.uint8)).save(root/"video"/name/f"{i:06d}.png")
+        rows.append({"id": name, "split": split, "event_data": f"{name}.npy", "video_data": name})
+    (root/LISTING).write_text(json.dumps(rows))
+    return root
+
+
+ASKED = ["--quant", "fp32", "--max_questions", "1", "--max_new_tokens", "3", "--chunked", "--chunk_size", "2"]
+
+
+def extracted(models, data, out, options="", **more):
+    pair = f"draft={models/'eg'}{more.get('draft', '')},target={models/'vl'}{options}"
+    code, _, err = run("featsd_extract", "--dataset_dir", data, "--output_dir", out, "--pair", pair, *ASKED)
+    return code, err, out/"chunked_train_1s_fp32"
+
+
+# ---- options
+def test_an_option_is_read_by_its_type_and_a_path_may_hold_anything(models):
+    eg = f"{models/'eg'}"
+    for text, is_ in (("no", False), ("off", False), ("yes", True)):
+        b = load_backbone(f"{eg}?adaptor_twice={text}")
+        assert (b.name == "eg (adaptor_twice=True)") == is_
+    for bad, said in (("adaptor_twice=maybe", "expected yes or no"), ("frames=1.5", "expected a whole number"),
+                      ("polarity_order=first", "one of last, blue_last"), ("frames", "name=value"),
+                      ("frames=1&frames=5", "each once"), ("colour=1", "it takes device, frames")):
+        with pytest.raises(FeatsdError, match=said): load_backbone(f"{eg}?{bad}")
+    pair = load_pair(f"draft={eg}?frames=1,target={models/'vl'}?all_ids=no")
+    assert pair.draft.frames == 1 and pair.draft.name == "eg (frames=1)" and pair.target.name == "vl"
+    assert load_pair(f"target={models/'vl'},draft={eg}").draft.frames == 5
+
+
+def test_options_about_frames_reach_the_reader(models, tmp_path):
+    data = dataset(tmp_path/"ds", {"s0/000000": events(1)})
+    for option in ("", "?frames=16", "?frame_rule=arange"):
+        m = load_backbone(f"{models/'vl'}{option}")
+        clip = shown_to(open_clips(data, "train"), m)[0]
+        whole = SimpleNamespace(id="c", meta={}, frames=np.stack([np.full((26, 35, 3), 12 * i, np.uint8)
+                                                                  for i in range(20)]))
+        assert torch.equal(m.see(clip), m.see(whole)) and len(clip.frames) == m.frames
+    with pytest.raises(FeatsdError, match="read with 8 of 20 frames"): m.see(open_clips(data, "train")[0])
+
+
+# ---- events
+def test_one_bad_clip_ends_nothing_and_stays_counted(models, tmp_path, caplog):
+    clips = {f"s{i}/{j:06d}": events(10 * i + j) for i in range(2) for j in range(2)}
+    clips["s0/000001"]["x"][7] = 65534 # a negative that wrapped
+    clips["s1/000000"]["x"] = clips["s1/000000"]["x"] * 1900 # no stray: the whole stream is of no sensor
+    clips["s1/000000"]["y"] = clips["s1/000000"]["y"] * 2000
+    data = dataset(tmp_path/"ds", clips)
+    for _ in range(2): # the second time changes nothing
+        code, err, store = extracted(models, data, tmp_path/"out")
+        assert code == 0, err
+        s = open_states(store)
+        assert s.clips == ["s0/000000", "s0/000001", "s1/000001"]
+        kept = {f.name: f.stat().st_mtime_ns for f in (store/"chunks").iterdir()}
+    assert "1 events outside the sensor left out" in caplog.text
+    skipped = [x for f in store.glob("chunks/*.json") for x in json.loads(f.read_text())["skipped"]]
+    assert [x["clip_id"] for x in skipped] == ["s1/000000"] and "pixels" in skipped[0]["reason"]
+    assert kept == {f.name: f.stat().st_mtime_ns for f in (store/"chunks").iterdir()}
+    np.save(data/"event_npy/s0/000000.npy", np.array(events(99), dtype=object), allow_pickle=True)
+    extracted(models, data, tmp_path/"out")
+    assert "s0/000000: its files have changed" in caplog.text
+    extracted(models, data, tmp_path/"fresh")
+    for f in (store/"chunks").glob("*"):
+        assert f.read_bytes() == (tmp_path/"fresh/chunked_train_1s_fp32/chunks"/f.name).read_bytes()
+
+
+@pytest.mark.parametrize("index", ["right", "of twice as many", "negative", "short"])
+def test_an_index_is_a_hint(tmp_path, index, caplog):
+    rng = np.random.default_rng(1)
+    full = np.sort(rng.integers(0, 100_000, 4000))
+    t = full[::2]
+    at = np.searchsorted(full if index == "of twice as many" else t, np.arange(100) * 1000).astype(np.int64)
+    if index == "negative": at -= 50
+    if index == "short": at = at[:30]
+    with h5py.File(tmp_path/"e.h5", "w") as f:
+        for k, v in {"x": t % 7, "y": t % 5, "p": t % 2, "t": t}.items(): f[f"events/{k}"] = v
+        f["ms_to_idx"] = at
+    for a, b in ((0, 5000), (20_000, 60_000), (90_000, 200_000)):
+        e = read_events(tmp_path/"e.h5", window_us=(a, b))
+        assert (e.t == t[(t >= a) & (t < b)]).all()
+    assert ("does not fit" in caplog.text) == (index in ("of twice as many", "negative", "short")) or index == "short"
+
+
+# ---- whose states
+def test_states_of_another_draft_are_refused_everywhere(models, tmp_path):
+    from featsd.nulls import measure
+    from featsd.train import open_data, train_adapter
+    train = dataset(tmp_path/"ds", {f"s{i}/{j:06d}": events(10 * i + j) for i in range(2) for j in range(2)})
+    test = dataset(tmp_path/"dt", {f"t{i}/000000": events(50 + i) for i in range(2)})
+    mine = extracted(models, train, tmp_path/"a")[2]
+    other = extracted(models, test, tmp_path/"b", draft="?frames=1")[2]
+    same = extracted(models, test, tmp_path/"c")[2]
+    run_ = train_adapter(mine, adapter_level=1, num_epochs=1, output_dir=tmp_path/"run", progress=False)
+    with pytest.raises(FeatsdError, match=r"another draft, eg \(frames=1\).*than.*was made with, eg "):
+        measure(run_["best_model"], open_states(other), n_boot=5)
+    with pytest.raises(FeatsdError, match="another draft"): open_data(mine, other, 0, 0)
+    m = measure(run_["best_model"], open_states(same), open_states(mine), n_boot=5)
+    assert not [n for n in m.notes if "draft it was made" in n or "overlap" in n]
+
+
+def test_one_recording_is_split_by_time(models, tmp_path, caplog):
+    clips = {}
+    for k in range(8): # cut with overlap: each clip shares half its time with the next
+        clips[f"s/{k:06d}"] = {**(e := events(k)), "t": e["t"] + 45_000 * k}
+    store = extracted(models, dataset(tmp_path/"ds", clips, 3), tmp_path/"o")[2]
+    s = open_states(store)
+    for seed in range(4):
+        train, val = s.split(.25, seed)
+        spans = [{p.clip_id: p.span for p in x.pairs}.values() for x in (train, val)]
+        assert len(val.clips) == 2 and len(train) and all(a[1] < b[0] or b[1] < a[0] for a in spans[0]
+                                                          for b in spans[1])
+    assert "reach into their time are left out" in caplog.text
+    for f in (store/"chunks").glob("*.json"): # an older store says nothing of times
+        d = json.loads(f.read_text())
+        for p in d["pairs"]: del p["span"], p["files"]
+        f.write_text(json.dumps(d))
+    train, val = open_states(store).split(.25, 0)
+    assert len(val.clips) == 2 and 4 <= len(train.clips) <= 5 and "is not known" in caplog.text
+
+
+# ---- records
+ROW = {"clip_id": "a", "question": "q", "draft_ids": [1, 2], "target_ids": [3], "draft_text": "x", "target_text": "y"}
+
+
+def test_a_record_counts_once_and_a_contradiction_is_refused(tmp_path, caplog):
+    log = tmp_path/"log.jsonl"
+    log.write_text("\n".join(map(json.dumps, [ROW, ROW | {"clip_id": "b"}, ROW])))
+    a = read_answers(log)
+    assert len(a) == 2 and "line 3: the record of line 1 again" in a.skipped[0] and "counted once" in caplog.text
+    log.write_text("\n".join(map(json.dumps, [ROW, ROW | {"target_ids": [4]}])))
+    with pytest.raises(FeatsdError, match="line 2: clip 'a'.*another answer than in line 1"): read_answers(log)
+    assert len(read_answers(log, skip_bad=True)) == 1
+    log.write_text("\n".join(json.dumps(ROW | {"clip_id": c, "models": {"target": f"{c} fp32 m"}}) for c in "ab"))
+    with pytest.raises(FeatsdError, match="2 pairs of models"): read_answers(log)
+
+
+def test_an_engines_log_says_which_draft_it_wanted(tmp_path):
+    log = tmp_path/"engine.jsonl"
+    good, bad = acceptance_of([4, 3, 4, 0], [4] * 4, 4), acceptance_of([0, 0, 1, 0], [4] * 4, 4)
+    log.write_text("\n".join(json.dumps({"model": m, "metrics": {"speculative_decoding": r}})
+                             for m, r in (("eagle", good), ("ngram", bad))))
+    assert is_acceptance(log)
+    code, out, err = run("featsd_replay", "--answers", log, "--timing", "published", "--out", tmp_path/"r")
+    assert code == 0 and "wanted: " in out and "eagle" in out, err
+    assert json.loads((tmp_path/"r/acceptance.json").read_text())["rows"]
+
+
+def test_an_output_that_cannot_be_written_is_said_first(tmp_path):
+    (tmp_path/"taken").write_text("a file where a folder would be made")
+    at = tmp_path/"taken"/"out"
+    for name, *args in (("featsd_extract", "--output_dir", at), ("featsd_compare", "--out", at),
+                        ("featsd_timeline", "--output_dir", at), ("featsd_demo", "--out", at),
+                        ("featsd_pocket_train", "--output_dir", at), ("featsd_bench", "--json", at/"b.json"),
+                        ("featsd_decode", "--certificate", at/"c.json"),
+                        ("featsd_extract", "--checkpoint_name", "../x", "--output_dir", tmp_path/"fine")):
+        code, out, err = run(name, *args)
+        assert code == 2 and len(err.strip().splitlines()) == 1 and not out, (name, err)
+    assert not (tmp_path/"fine").exists()
+
+
+# ---- EvQA
+def test_evqa_becomes_a_data_set(tmp_path):
+    rows = []
+    for k, both in enumerate((True, False, True)):
+        file = tmp_path/"evqa/h5_files/set"/f"part/seq{k}.h5"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(k)
+        t = np.sort(rng.integers(10**9, 10**9 + 10**6, 3000)).astype(np.uint64)
+        t[0] = 10**9
+        with h5py.File(file, "w") as f:
+            for name, v in {"xs": rng.integers(0, 40, 3000), "ys": rng.integers(0, 30, 3000), "ts": t,
+                            "ps": rng.integers(0, 2, 3000)}.items(): f[f"events/{name}"] = v
+            for i in range(20 * both):
+                d = f.create_dataset(f"images/image{i:09d}", data=np.full((30, 40), 10 * i, np.uint8))
+                d.attrs["timestamp"], d.attrs["event_idx"] = 10**9 + 50_000 * i, 0
+        rows.append({"dataset_name": "set", "file_path": f"part/seq{k}.h5", "question": "Where does it go?",
+                     "choices": ["left", "right", "up", "down"], "answer": "A"})
+    (tmp_path/"evqa/questions").mkdir()
+    (tmp_path/"evqa/questions/q.json").write_text(json.dumps({"questions": rows}))
+    for choices, question in ((False, "Where does it go?"), (True, "Where does it go? (A) left (B) right (C) up "
+                                                                  "(D) down Answer with the letter.")):
+        out = tmp_path/f"ds{choices}"
+        built = build_dataset([tmp_path/"evqa"], out, duration="400ms", mp4=False, progress=False, choices=choices)
+        assert built.sequences == 2 and ("set_part_seq1", "no images: one sensor only") in built.skipped
+        data = open_clips(out)
+        assert data.questions == [question] and len(data) == built.clips > 4
+        clip = data[1]
+        assert clip.events.t[0] >= 10**9 + 200_000 and clip.meta["total_frames"] == 8
+        assert clip.frames[0, 0, 0, 0] == 40 and clip.sequence == "set_part_seq0"
