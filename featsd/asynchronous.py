@@ -216,7 +216,7 @@ class Partner:
                  ahead:int=2 * ROOM): # how far the drafter may write on
         if not 1 <= gamma < ahead: raise FeatsdError(f"gamma {gamma}, ahead {ahead}: expected 1 ≤ gamma < ahead")
         self.host, self.drafter, self.gamma, self.ahead, self.pace = host, drafter, gamma, ahead, Pace(gamma)
-        self.link, self.answer, self.quiet, self.lost, self.fault = None, 0, False, 0, ""
+        self.link, self.answer, self.quiet, self.lost = None, 0, False, 0
 
     def ask(self, key:int, rule:Rule, limit:int):
         "A new answer begins; the drafter starts on it at once"
@@ -232,7 +232,7 @@ class Partner:
         link = self.host.link
         if link is None or link.dead:
             if self.link is not None:
-                self.lost, self.fault, self.link = self.lost + 1, link.dead, None
+                self.lost, self.link = self.lost + 1, None
                 log.warning(f"the drafting process: {link.dead}; the target goes on without it")
             return None
         if link is not self.link:

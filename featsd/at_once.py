@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['simulate', 'Wires', 'AtOnceRow', 'cores', 'two_cores', 'Clocked', 'clock_at_once', 'whole_of', 'better_plain',
-           'costs_seen', 'at_once_row', 'AtOnce', 'events_of', 'at_once', 'processor', 'best_in_turn', 'plain_name',
-           'run_at_once']
+           'costs_seen', 'at_once_row', 'AtOnce', 'events_of', 'at_once', 'processor', 'best_in_turn', 'run_at_once']
 
 # %% ../nbs/06b_at_once.ipynb #once002
 import gc
 import os
 import platform
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,7 @@ from .base.core import FeatsdError, lib_versions, plain_values, write_json
 from .base.figures import Chart, Panel, Series
 from .base.stats import Interval, clip_bootstrap
 from .base.tables import Column, Table
-from .compare import Fitting, HeldOut, checked_names, gather, ingredients
-from .decode import drafter_classes, plain_decode, speculative_decode
-from .fit import build_drafters
-from .models.backbone import load_pair
-from .models.lean import lean
+from .decode import plain_decode, speculative_decode
 from .race import Procedure, Watch, asked_of, quiet_clock
 
 # %% ../nbs/06b_at_once.ipynb #once005
@@ -325,33 +320,22 @@ def save(self:AtOnce, folder)->list: # names of the files
 
 def best_in_turn(result, most=4)->dict: # name → γ; of a Comparison
     "The fastest drafters of a comparison that can draft elsewhere, each with its best γ"
-    known, best = drafter_classes(), {}
+    (*_, made), best = result.made, {}
     for r in sorted(result.of("sensor", "null"), key=lambda r: -r.measured.value):
-        if all(p in known and known[p].remote for p in plain_name(r.name).split("+")): best.setdefault(r.name, r.gamma)
+        if made[r.name].remote: best.setdefault(r.name, r.gamma)
     return dict(list(best.items())[:most])
 
-def plain_name(name)->str: return name.split(" ")[0].removesuffix(",") # of a drafter, without adapter or variant
-
 # %% ../nbs/06b_at_once.ipynb #once023
-def run_at_once(pair, gammas, # of `best_in_turn`
-                held_out=None, fitting=None, how=None, wires=None, # HeldOut, Fitting, Procedure, Wires
-                out="comparison", quant="fp32", progress=True, say=print)->AtOnce:
-    "Make those drafters again, race them at once, write everything down"
-    held_out, fitting, how = held_out or HeldOut(), fitting or Fitting(), how or Procedure()
-    if not gammas:
+def run_at_once(result, # of `run_comparison`: its models, clips and drafters go on
+                how=None, wires=None, # Procedure, Wires
+                out="comparison", progress=True, say=print)->AtOnce:
+    "Race the best drafters of a comparison at once, write everything down"
+    if not (gammas := best_in_turn(result)):
         raise FeatsdError("two models at once: no drafter of the comparison can draft in another process; "
                           "add ngram or aligned")
-    names = list(dict.fromkeys(map(plain_name, gammas)))
-    checked_names(names, held_out, fitting, how)
-    pair = lean(load_pair(pair, quant=quant))
-    gathered = gather(held_out)
-    fitting = replace(fitting, cache=fitting.cache or out)
-    kit = ingredients(pair, names, gathered, fitting, how.max_new_tokens, quant, progress)
-    with quiet_clock(how.threads):
-        made, _ = build_drafters(names, pair, kit.adapters, kit.tables, kit.templates, kit.val, kit.prompts,
-                                 fitting.dynamic, how.max_new_tokens)
-    some = {n: made[n] for n in gammas if n in made}
-    found = at_once(pair, asked_of(pair, gathered.clips, gathered.questions), some, gammas, wires, how, progress)
+    pair, gathered, made = result.made
+    some, asked = {n: made[n] for n in gammas}, asked_of(pair, gathered.clips, gathered.questions)
+    found = at_once(pair, asked, some, gammas, wires, how, progress)
     say(f"{found.table()}\n\n" + "\n".join(found.verdict()))
     found.save(out)
     return found

@@ -389,7 +389,7 @@ def featsd_decode(
 def compared(flags): # of `featsd_compare`
     "One comparison per number of threads; their folders"
     from pathlib import Path
-    from featsd.at_once import Wires, best_in_turn, run_at_once
+    from featsd.at_once import Wires, run_at_once
     from featsd.compare import Fitting, HeldOut, run_comparison
     from featsd.race import Procedure
     out, gammas, counts = Path(flags["out"]), numbers(flags["gammas"], "gammas"), numbers(flags["threads"], "threads")
@@ -404,7 +404,7 @@ def compared(flags): # of `featsd_compare`
     for n in counts or [1]:
         folder = out if len(counts) < 2 else out/f"threads_{n}"
         result = run_comparison(**same, how=(how := Procedure(gammas=gammas, threads=n, **timed)), out=folder)
-        if wires: run_at_once(same["pair"], best_in_turn(result), held_out, fitting, how, wires, folder, same["quant"])
+        if wires: run_at_once(result, how, wires, folder)
         yield folder
 
 # %% ../nbs/09_commands.ipynb #cell023

@@ -84,6 +84,7 @@ class Comparison:
     about: dict        # environment, seeds, versions, settings
     runs: list = field(repr=False, default_factory=list) # [rows][prompts] Run
     lines: list = field(default_factory=list) # what was done before, such as fitted settings
+    made: tuple = field(repr=False, default=None) # of `run_comparison`: Pair, Gathered, {name: Drafter}, to go on with
 
     def best(self, *kinds, key=None)->ArmRow | None: # None if there is none
         "The fastest row of some kinds; a broken one is none"
@@ -540,7 +541,7 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
                                      fitting.dynamic, how.max_new_tokens)
     blind = [n for n, d in made.items() if d.kind == "sensor"] if wrong_clip else []
     result = compare(pair, gathered.clips, made, gathered.questions, how, blind, progress)
-    result.lines = form_lines(pair) + gathered.notes + kit.notes + lines
+    result.lines, result.made = form_lines(pair) + gathered.notes + kit.notes + lines, (pair, gathered, made)
     say(result.report())
     result.save(out)
     return result

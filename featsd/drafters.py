@@ -452,6 +452,7 @@ class Cascade(Drafter):
         self.drafters = list(drafters)
         self.name, kinds = "+".join(d.name for d in self.drafters), [d.kind for d in self.drafters]
         self.kind = next((k for k in ("limit", "sensor", "own") if k in kinds), "null")
+        self.remote = all(d.remote for d in self.drafters)
 
     @property
     def calls(self): return sum(d.calls for d in self.drafters)

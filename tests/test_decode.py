@@ -163,16 +163,6 @@ def test_sampling_is_seeded_and_checked():
 
 
 @pytest.fixture(scope="module")
-def slow_pair():
-    torch.set_num_threads(1)
-    return load_pair("pocket")
-
-
-@pytest.fixture(scope="module")
-def pair(slow_pair): return lean(slow_pair)
-
-
-@pytest.fixture(scope="module")
 def clips(): return open_clips("pocket", "test", 12)
 
 
@@ -402,6 +392,7 @@ def test_what_a_cascade_is_follows_from_its_parts(kit):
                        ("standard+oracle", "limit"), ("own", "own"), ("own+event", "sensor"), ("lookup+own", "own"),
                        ("own+event+lookup", "sensor")):
         assert make_drafter(name, kit).kind == kind
+    assert make_drafter("lookup+ngram", kit).remote and not make_drafter("lookup+free", kit).remote
     read = {name: make_drafter(name, kit).weights_read() for name in ("gated", "lookup+gated", "lookup+ngram")}
     assert read["lookup+gated"] == read["gated"] > 0 == read["lookup+ngram"]
 

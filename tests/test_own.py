@@ -19,20 +19,8 @@ from featsd.drafters import Cascade, Kit, make_drafter
 from featsd.files import verify_files
 from featsd.fit import adapters_of
 from featsd.generate import assisted_generate
-from featsd.models.backbone import load_pair
-from featsd.models.lean import lean
 from featsd.own import HeadSteps
 from featsd.train import objective, train_adapter
-
-
-@pytest.fixture(scope="module")
-def slow_pair():
-    torch.set_num_threads(1)
-    return load_pair("pocket")
-
-
-@pytest.fixture(scope="module")
-def pair(slow_pair): return lean(slow_pair)
 
 
 @pytest.fixture(scope="module")

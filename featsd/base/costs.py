@@ -329,7 +329,7 @@ def chart_waterfall(steps, # of `study_waterfall`
     gain = Series("put back", names, [max(0., c) for c in change], kind="bar", colour=2,
                   base=[v - max(0., c) for v, c in zip(value, change, strict=True)])
     panel = Panel("", [left, drop, gain], "", "speedup (ratio)", marks=[("y", 1, "no gain")])
-    return Chart(title, [panel], size=(9.5, 3.8))
+    return Chart(title, [panel], size=(1.4 * len(steps), 3.8)) # so that neighbours' names do not meet
 
 def chart_speedups(curves:dict, # name -> {γ: speedup or its Interval}
                    title, nulls=(), # names of curves that know nothing of the second sensor

@@ -49,7 +49,7 @@ def encode_message(m:Message)->Tensor: # [BYTES] uint8
     return torch.cat([torch.tensor(head, dtype=torch.int64).view(torch.uint8), ids.view(torch.uint8)])
 
 def decode_message(buffer:Tensor, # [BYTES] uint8
-           vocabulary:int)->Message: # ids below it are tokens
+                   vocabulary:int)->Message: # ids below it are tokens
     "A message, checked: whatever is wrong with it is said in one line"
     def wrong(what, found, expected):
         return FeatsdError(f"message from the other side: expected {what} {expected}, found {found}; "

@@ -32,17 +32,19 @@ from featsd.models.checkpoint import (
 # %% ../../nbs/models/eventgpt.ipynb #cell005
 class EventChat(PreTrainedModel):
     "Decoder, tower, projector and adaptor; one module, so that one call loads and quantises all"
-    config_class, base_model_prefix = LlamaConfig, ""
+    config_class, base_model_prefix, lm_class = LlamaConfig, "", LlamaForCausalLM
     _supports_sdpa = True
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
 
-    def __init__(self, config): # LlamaConfig with the tower's fields in `vision`
+    def __init__(self, config): # of `config_class`, with the tower's fields in `vision`
         super().__init__(config)
         D, vision = config.hidden_size, CLIPVisionConfig(**config.vision)
-        self.lm, self.tower = LlamaForCausalLM(config), CLIPVisionModel(vision)
+        self.lm, self.tower = self.lm_class(config), CLIPVisionModel(vision)
         self.projector = nn.Sequential(nn.Linear(vision.hidden_size, D), nn.GELU(), nn.Linear(D, D))
-        self.adaptor = nn.Linear(D, D)
+        self.add_last(config, D, vision.hidden_size)
         self.post_init()
+
+    def add_last(self, config, D, C): self.adaptor = nn.Linear(D, D) # behind the projector
 
     def get_input_embeddings(self): return self.lm.get_input_embeddings()
 

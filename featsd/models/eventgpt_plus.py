@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ..base.core import FeatsdError, command, log, one_line, read_json
 from ..data.bins import Binned, canvas_of, draw_bin, minus_one, read_stream, time_bins
@@ -26,24 +26,16 @@ from .backbone import Backbone, folder_hash, print_answer, quant_kwargs
 from featsd.models.checkpoint import (
     _load_bin, config_of_kind, local_folder, path_options, placement, quiet_transformers, read_config, read_tensors,
     tensor_shapes, variant)
-from .eventgpt import check_tensors, infer_tower, tower_tensors
+from .eventgpt import EventChat, check_tensors, infer_tower, tower_tensors
 
 # %% ../../nbs/models/eventgpt_plus.ipynb #cell005
-class EventChatPlus(PreTrainedModel):
-    "Decoder, tower, projector and, for EventFlash, what weighs tokens; one call loads and quantises all"
-    config_class, base_model_prefix = Qwen2Config, ""
-    _supports_sdpa = True
+class EventChatPlus(EventChat):
+    "The same around Qwen2, without adaptor; for EventFlash with what weighs tokens (`queries` of its config)"
+    config_class, lm_class = Qwen2Config, Qwen2ForCausalLM
     _no_split_modules = ["Qwen2DecoderLayer", "CLIPEncoderLayer"]
 
-    def __init__(self, config): # Qwen2Config with the tower's fields in `vision`, and `queries` of the density
-        super().__init__(config)
-        D, vision = config.hidden_size, CLIPVisionConfig(**config.vision)
-        self.lm, self.tower = Qwen2ForCausalLM(config), CLIPVisionModel(vision)
-        self.projector = nn.Sequential(nn.Linear(vision.hidden_size, D), nn.GELU(), nn.Linear(D, D))
-        if config.queries: self.density = Density(vision.hidden_size, config.queries)
-        self.post_init()
-
-    def get_input_embeddings(self): return self.lm.get_input_embeddings()
+    def add_last(self, config, D, C):
+        if config.queries: self.density = Density(C, config.queries)
 
 def merge_squares(x): # [T, s², D] → [T, (s // 2)², D]
     "Mean of each 2×2 square of patches; of an odd side the last row and column fall away"
