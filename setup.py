@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["featsd", "featsd.*"]),
-    package_data={"featsd": ["models/pocket_weights/*", "models/pocket_weights/*/*"]},
+    package_data={"featsd": ["base/page.css", "base/page.js", "models/pocket_weights/*", "models/pocket_weights/*/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "events", "lab", "video")},

@@ -15,7 +15,9 @@ from .base.processes import start_all
 def named()->dict: # name → function
     "Every command; nothing heavy is imported"
     from featsd import commands
-    return {name: getattr(commands, name) for name in sorted(commands.__all__) if name.startswith("featsd_")}
+    from featsd.base.lab import featsd_lab
+    found = {n: getattr(commands, n) for n in commands.__all__ if n.startswith("featsd_")} | {"featsd_lab": featsd_lab}
+    return dict(sorted(found.items()))
 
 def listing()->str:
     "One line per command"

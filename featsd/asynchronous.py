@@ -10,6 +10,7 @@ __all__ = ['SharedNoise', 'Coupled', 'prompt_key', 'key_of', 'ask_settings', 'as
 # %% ../nbs/05e_asynchronous.ipynb #asy002
 import contextlib
 import hashlib
+import math
 import os
 import signal
 import struct
@@ -133,57 +134,44 @@ def work(self:Scribe)->Message | None: # None: nothing to do before something is
 # %% ../nbs/05e_asynchronous.ipynb #asy013
 def serve(scribe:Scribe, link, patience_s=600.):
     "Hear and draft until the target's side says good-bye, is gone, or has been silent for so long"
-    while not link.dead:
-        for m in link.poll():
-            if m.kind == "bye": return link.end("good-bye")
+    while True:
+        for m in link.poll(): # also what came before a connection broke
+            if m.kind == "bye": link.dead = "good-bye"; return
             scribe.hear(m)
+        if link.dead: return
         m = scribe.work()
         if m is not None: link.send(m)
         elif not link.wait(patience_s): raise FeatsdError(f"nothing from the target's process for {patience_s:g} s")
 
 # %% ../nbs/05e_asynchronous.ipynb #asy015
 class Pace:
-    "What a session has taught so far about waiting; all times in milliseconds"
+    "What a session has taught so far about verifying; all times in milliseconds"
     def __init__(self, gamma:int): # most tokens verified at once
-        self.gamma, self.right, self.tried = gamma, 2., 3. # α starts at 2/3
-        self.gap_ms, self.lag_ms, self.cycles = None, 0., 0 # between drafted tokens; from a correction to the first
-        self.sums = [0.] * 5 # of n, k, k², ms, k·ms over verifications, for the line ms = a + b·k
+        self.gamma, self.right, self.tried, self.cycles = gamma, 2., 3., 0 # α starts at 2/3
+        self.sums = [0.] * 5 # of n, w, w², ms, w·ms over verifications, for the line ms = a + b·w
 
     @property
     def alpha(self): return self.right / self.tried
 
-    def verified(self, k, n, ms): # tokens in, accepted, time of the forward
+    def verified(self, w, n, ms): # tokens in, accepted, time of the forward
         keep = .98
         self.cycles += 1
-        if k: self.right, self.tried = keep * self.right + n, keep * self.tried + min(n + 1, k)
-        self.sums = [keep * s + x for s, x in zip(self.sums, (1, k, k * k, ms, k * ms))]
+        if w: self.right, self.tried = keep * self.right + n, keep * self.tried + min(n + 1, w)
+        self.sums = [keep * s + x for s, x in zip(self.sums, (1, w, w * w, ms, w * ms))]
 
-    def drafted(self, ms): # the making of one token
-        self.gap_ms = ms if self.gap_ms is None else .9 * self.gap_ms + .1 * ms
-
-    def verify_ms(self, k):
-        "The fitted line; where all that was seen has one k, what others say of it: 5 % of a step for a token"
+    def verify_ms(self, w):
+        "The fitted line; where all that was seen has one w, what others say of it: 5 % of a step for a token"
         n, sk, skk, sy, sky = self.sums
         if not n: return 1.
         det = n * skk - sk * sk
-        b = (n * sky - sk * sy) / det if det > 1e-6 * max(1., n * skk) else .05 * sy / n
-        b = max(0., b)
-        return max(1e-3, (sy - b * sk) / n + b * k)
+        b = max(0., (n * sky - sk * sy) / det if det > 1e-6 * max(1., n * skk) else .05 * sy / n)
+        return max(1e-3, (sy - b * sk) / n + b * w)
 
-# %% ../nbs/05e_asynchronous.ipynb #asy016
-@patch
-def choose(self:Pace, have:int, # tokens that are there
-           most:int, # that can be verified
-           waited_ms=0.)->tuple: # tokens to verify, milliseconds to wait for them at most
-    "The block with the most tokens per time"
-    if self.cycles % 32 == 31 and have: return min(have, most, 1), 0. # a try, whatever was learnt
-    a, g, best = min(self.alpha, .999), self.gap_ms, (0., 0, 0.)
-    for w in range((min(most, self.gamma) if g is not None else min(have, most)) + 1):
-        missing = max(0, w - have)
-        wait = missing * g + (self.lag_ms if not have else 0.) - waited_ms if missing else 0.
-        rate = (1 - a ** (w + 1)) / (1 - a) / (max(0., wait) + self.verify_ms(w))
-        best = max(best, (rate, w, max(0., wait)), key=lambda r: r[0])
-    return best[1:]
+    def choose(self, have:int)->int: # tokens that are there → tokens to verify
+        "The block with the most tokens per time"
+        if self.cycles % 32 == 31: return min(have, 1) # a try, whatever was learnt
+        a = min(self.alpha, .999)
+        return max(range(min(have, self.gamma) + 1), key=lambda w: (1 - a ** (w + 1)) / (1 - a) / self.verify_ms(w))
 
 # %% ../nbs/05e_asynchronous.ipynb #asy018
 @dataclass
@@ -216,14 +204,15 @@ class Partner:
                  ahead:int=2 * ROOM): # how far the drafter may write on
         if not 1 <= gamma < ahead: raise FeatsdError(f"gamma {gamma}, ahead {ahead}: expected 1 ≤ gamma < ahead")
         self.host, self.drafter, self.gamma, self.ahead, self.pace = host, drafter, gamma, ahead, Pace(gamma)
-        self.link, self.answer, self.quiet, self.lost = None, 0, False, 0
+        self.link, self.answer, self.lost = None, 0, 0
 
     def ask(self, key:int, rule:Rule, limit:int):
         "A new answer begins; the drafter starts on it at once"
         self.host.answers = self.answer = getattr(self.host, "answers", 0) + 1 # one count for a connection
         self.stream, self.told, self.ids = Stream(), 0, []
-        self.asked = Message("ask", self.answer, self.drafter, key, ask_settings(rule, limit, self.ahead))
-        self.events, self.marked, self.turn = [], None, -1
+        ahead = min(self.ahead, math.ceil(3 / max(1e-9, 1 - self.pace.alpha))) # what is not right is not worth its way
+        self.asked = Message("ask", self.answer, self.drafter, key, ask_settings(rule, limit, ahead))
+        self.events = []
         before = self.link
         if (link := self.alive()) is not None and link is before: link.send(self.asked)
 
@@ -236,7 +225,7 @@ class Partner:
                 log.warning(f"the drafting process: {link.dead}; the target goes on without it")
             return None
         if link is not self.link:
-            self.link, self.stream, self.told, self.quiet = link, Stream(), 0, False
+            self.link, self.stream, self.told = link, Stream(), 0
             link.send(self.asked)
             self.say(link)
         return link
@@ -249,46 +238,32 @@ def say(self:Partner, link):
     self.told = len(self.ids)
 
 @patch
-def tell(self:Partner, ids):
-    "What stands now"
+def tell(self:Partner, ids, seldom=8):
+    "What stands now; every so many tokens only to a side that is silent, or hardly ever right"
     self.ids = list(ids)
-    if (link := self.alive()) is None: return
-    self.say(link)
-    if self.marked is None and not self.stream.after(ids):
-        self.marked, self.turn = time.monotonic(), self.stream.branch
+    idle = self.pace.alpha < .2 or (self.stream.branch < 0 and self.told >= seldom)
+    if len(ids) - self.told >= (seldom if idle else 1) and (link := self.alive()) is not None: self.say(link)
+
 
 # %% ../nbs/05e_asynchronous.ipynb #asy021
 @patch
 def hear(self:Partner, link):
     "Take in what has come"
     for m in link.poll():
-        if m.kind == "ready" and m.answer == self.answer:
-            self.events.append(("draft", "prefill", m.start_ns, m.stop_ns))
-        if m.kind != "draft" or m.answer != self.answer: continue
-        self.quiet = False
-        self.pace.drafted((m.stop_ns - m.start_ns) / 1e6)
+        if m.answer != self.answer: continue
+        if m.kind == "ready": self.events.append(("draft", "prefill", m.start_ns, m.stop_ns))
+        if m.kind != "draft": continue
         self.events += [("draft", "drafting", m.start_ns, m.stop_ns),
                         ("wire", "message", m.stop_ns, time.monotonic_ns())]
         self.stream.hear(m)
-        if self.marked is not None and m.branch > self.turn: # the first token behind a correction
-            lag = max(0., 1e3 * (time.monotonic() - self.marked) - (m.stop_ns - m.start_ns) / 1e6)
-            self.pace.lag_ms, self.marked = .8 * self.pace.lag_ms + .2 * lag, None
 
 # %% ../nbs/05e_asynchronous.ipynb #asy022
 @patch
 def drafted(self:Partner, ids, most)->Draft:
-    "What continues `ids`, after as long a wait as pays"
-    began, link = time.monotonic(), self.alive()
-    while True:
-        if link is not None: self.hear(link)
-        tokens = self.stream.after(ids)
-        waited = 1e3 * (time.monotonic() - began)
-        waits = link is not None and not link.dead and not self.quiet
-        take, wait = self.pace.choose(len(tokens), most if waits else min(most, len(tokens)), waited)
-        if take <= len(tokens): break
-        before, more = link.heard_at, 2 * wait + 1 # what is late is not given up at once
-        if not link.wait(more / 1e3) and link.heard_at == before: self.quiet = True # hung, or it has nothing to say
-    return Draft(tokens[:take])
+    "As much of what continues `ids` as pays"
+    if (link := self.alive()) is not None: self.hear(link)
+    tokens = self.stream.after(ids)[:most]
+    return Draft(tokens[:self.pace.choose(len(tokens))])
 
 @patch
 def heard(self:Partner, seconds=60.): # Partner
@@ -304,7 +279,7 @@ def heard(self:Partner, seconds=60.): # Partner
 # %% ../nbs/05e_asynchronous.ipynb #asy024
 @dataclass
 class DecodedAtOnce(Decoded):
-    "`Decoded`, with who did what when; `draft_ms` is what the target waited for drafts"
+    "`Decoded`, with who did what when; `draft_ms` is the look into the mailbox"
     events: list = field(default_factory=list) # (side, what, start, stop), nanoseconds of each side's own clock
     whole_ms: float = 0. # from the question to the last token, both prefills in it
 
@@ -327,7 +302,7 @@ def speculative_decode_async(target, # Backbone: p
     out = DecodedAtOnce([], [], [], [], 1e3 * (now() - began), 0., [], [], [], rule.mode)
     ids, pending = out.ids, []
     while len(ids) < max_new_tokens and (not ids or ids[-1] not in ends):
-        t0, n0 = now(), ns()
+        t0 = now()
         left = max_new_tokens - len(ids) - 1
         draft = partner.drafted(ids, min(partner.gamma, left)) if left else Draft([])
         draft.ids = trim(draft.ids, ends)
@@ -340,7 +315,7 @@ def speculative_decode_async(target, # Backbone: p
         target.rollback(state, [start + len(ids) - 1])
         pending = new[-1:]
         partner.pace.verified(len(x), n, 1e3 * (t2 - t1))
-        events += [("target", "waiting", n0, n1), ("target", "verification" if x else "plain step", n1, n2)]
+        events.append(("target", "verification" if x else "plain step", n1, n2))
         book(out, x, n, len(new), t0, t1, t2, now())
         if watch: watch(new, min(n, len(new)))
     out.events, out.whole_ms = events + partner.events, 1e3 * (now() - began)

@@ -22,6 +22,7 @@ from .base.core import FeatsdError, lib_versions, plain_values, write_json
 from .base.figures import Chart, Panel, Series
 from .base.stats import Interval, clip_bootstrap
 from .base.tables import Column, Table
+from .compare import FEW
 from .decode import plain_decode, speculative_decode
 from .race import Procedure, Watch, asked_of, quiet_clock
 
@@ -33,31 +34,26 @@ def simulate(alpha, c, # cost of a drafted token
              answers=200, seed=0)->float: # speedup over plain decoding (estimate)
     "Tokens per target step of two models at once"
     rng, spent, pace = np.random.default_rng(seed), 0., Pace(gamma)
-    pace.right, pace.tried, pace.gap_ms, pace.lag_ms = alpha, 1., c, 2 * lag
+    pace.right, pace.tried = alpha, 1.
     pace.verify_ms = lambda k: v(k + 1) + exchange
     for _ in range(answers):
         t, said, at = 0., 0, 0. # the target's clock, tokens said, when the drafter begins its next token
-        line = [] # (arrival, right) of the tokens behind what stands, as the drafter wrote them
+        line = [] # (arrival, right) of what the drafter has written behind what stands, under way or there
         def write(until, line=line):
             nonlocal at
-            while at + c + lag <= until and len(line) < ahead:
+            while at + c <= until and len(line) < ahead:
                 at += c
                 line.append((at + lag, rng.random() < alpha))
         while said < n_out:
-            most = min(gamma, n_out - said - 1)
             write(t)
-            take, wait = pace.choose(len(line), most)
-            write(t + wait + 1e-9)
-            if take > len(line): take = len(line)
-            if take: t = max(t, line[take - 1][0])
+            have = next((i for i, (arrival, _) in enumerate(line) if arrival > t), len(line))
+            take = pace.choose(min(have, n_out - said - 1))
             t += v(take + 1) + exchange
             good = next((i for i, (_, right) in enumerate(line[:take]) if not right), take)
             said += good + 1
-            write(t)
+            write(t + lag) # until it hears
             if good == take < len(line) and line[take][1]: del line[:take + 1] # the target's own word was drafted too
-            else:
-                line.clear()
-                at = max(at, t + lag) if good == take else t + lag # it turns back when it hears
+            else: line.clear(); at = max(at, t + lag)
         spent += t
     return answers * n_out / spent
 
@@ -88,7 +84,7 @@ class AtOnceRow:
     mbit: float
     tau: float           # tokens per verification
     alpha: float         # accepted of the tokens tried
-    waited: float        # share of the time in which the target waited for drafts
+    exchange: float      # looking and telling in a cycle, over a plain step
     bytes_per_token: float # over the wire, both ways, per token said
     measured: Interval   # the better plain baseline over it, decoding
     whole: Interval      # with both prefills
@@ -142,10 +138,10 @@ def clock_at_once(pair, asked, drafters, gammas, wires, how, progress=False)->Cl
             with cores(None if job == ("plain", "", 2) or here is None else {here}):
                 if kind == "plain": return plain_decode(t, prompt, max_new_tokens=n)
                 if kind == "in turn": return speculative_decode(t, drafters[name], prompt, how_, max_new_tokens=n)
-                host.link.slow(*how_)
-                before = host.link.sent + host.link.came
+                host.slow(*how_)
+                before = host.bytes()
                 done = speculative_decode_async(t, partners[job], prompt, max_new_tokens=n)
-                out.sent[job] = out.sent.get(job, 0) + host.link.sent + host.link.came - before
+                out.sent[job] = out.sent.get(job, 0) + host.bytes() - before
                 return done
         for p, a in enumerate(tqdm(asked, desc="at once", unit="prompt", disable=not progress, dynamic_ncols=True)):
             for job in jobs * (2 if p == 0 else 0): do(job, a.prompt) # teaches `Pace`, and warms up
@@ -188,10 +184,10 @@ def at_once_row(clocked, job, gammas, how)->AtOnceRow:
     tried = total(lambda d: sum(min(n + 1, k) for n, k in zip(d.accepted, d.drafted, strict=True)))
     alpha, (step, c, v) = total(lambda d: sum(d.accepted)) / max(tried, 1), costs_seen(clocked, name)
     faster = sum(map(ms, clocked.arms["plain", "", 1])) / sum(map(ms, plain)) # by the other core
-    says = simulate(alpha, c, v, rtt / 2 / step, max(1, round(tokens / len(done))),
-                    exchange=total(lambda d: d.overhead_ms) / cycles / step)
+    exchange = total(lambda d: sum(d.draft_ms) + d.overhead_ms) / cycles / step
+    says = simulate(alpha, c, v, rtt / 2 / step, max(1, round(tokens / len(done))), exchange=exchange)
     return AtOnceRow(
-        name, rtt, mbit, tokens / cycles, alpha, total(lambda d: sum(d.draft_ms)) / total(ms),
+        name, rtt, mbit, tokens / cycles, alpha, exchange,
         clocked.sent.get(job, 0) / tokens, over(ms, plain, done), over(whole_of, plain, done),
         over(ms, turn, done) if turn else None, says / faster,
         sum(d.ids == p.ids for d, p in zip(done, plain, strict=True)), len(done), gammas.get(name, 0))
@@ -212,11 +208,11 @@ class AtOnce:
     def table(self)->Table:
         "A row per drafter and wire; speedups against the better plain baseline"
         two = ("τ", "α", "speedup", "low", "high", "whole", "over in turn", "predicted", "m/p")
-        forms = {"RTT ms": "g", "Mbit/s": "g", "waited": ".0%", "B/token": ".0f"} | dict.fromkeys(two, ".2f")
-        order = ("RTT ms", "Mbit/s", "τ", "α", "waited", "B/token", *two[2:])
+        forms = {"RTT ms": "g", "Mbit/s": "g", "exchange": ".0%", "B/token": ".0f"} | dict.fromkeys(two, ".2f")
+        order = ("RTT ms", "Mbit/s", "τ", "α", "exchange", "B/token", *two[2:])
         columns = ["drafter", *(Column(k, forms[k]) for k in order), Column("ids", left=False)]
         ids = lambda r: "identical" if r.identical == r.prompts else f"BROKEN {r.identical}/{r.prompts}"
-        cells = [[r.name, r.rtt_ms, r.mbit or "", r.tau, r.alpha, r.waited, r.bytes_per_token, *r.measured[:3],
+        cells = [[r.name, r.rtt_ms, r.mbit or "", r.tau, r.alpha, r.exchange, r.bytes_per_token, *r.measured[:3],
                   r.whole.value, r.in_turn.value if r.in_turn else "", r.predicted, r.ratio, ids(r)] for r in self.rows]
         notes = ["RTT and rate are artificial delays on a loopback connection; predicted is an estimate"]
         return Table("Two models at once", columns, cells, notes)
@@ -234,7 +230,8 @@ def verdict(self:AtOnce)->list: # lines
     m, turn = best.measured, best.in_turn
     beside = (f"; {turn.value:.2f}x [{turn.low:.2f}, {turn.high:.2f}] of the same drafter in turn (γ {best.gamma})"
               if turn else "")
-    pays = "pays" if m.low > 1 else "does not pay for sure"
+    few = f"decides nothing, from {a['clips']} clips (compare on {FEW} or more)"
+    pays = few if a["clips"] < FEW else "pays" if m.low > 1 else "does not pay for sure"
     out.append(f"At once, {best.name} {pays}: {m.value:.2f}x [{m.low:.2f}, {m.high:.2f}] over plain decoding, "
                f"{best.whole.value:.2f}x with prefills{beside}; ids identical on {best.identical}/{best.prompts}.")
     slow = [r for r in self.rows if r.name == best.name and not r.mbit]
@@ -244,18 +241,26 @@ def verdict(self:AtOnce)->list: # lines
         out.append(f"With an artificial round trip it pays {where} (up to {max(r.rtt_ms for r in slow):g} ms).")
     return out
 
+# %% ../nbs/06b_at_once.ipynb #once0175
 @patch
 def chart(self:AtOnce)->Chart:
-    "Speedup by round trip, measured and predicted"
-    series = []
-    for name, mbit in dict.fromkeys((r.name, r.mbit) for r in self.rows):
-        mine = sorted((r for r in self.rows if (r.name, r.mbit) == (name, mbit)), key=lambda r: r.rtt_ms)
-        label, x = f"{name}{f', {mbit:g} Mbit/s' if mbit else ''}", [r.rtt_ms for r in mine]
-        series.append(Series(label, x, *([getattr(r.measured, k) for r in mine] for k in ("value", "low", "high"))))
-        series.append(Series(f"{label} (estimate)", x, [r.predicted for r in mine], null=True))
-    axes = "round trip (ms)", "speedup over the better plain decoding (ratio)"
-    return Chart(f"Two models at once, {self.about['pair']}: distance is an artificial delay",
-                 [Panel("", series, *axes, marks=[("y", 1, "no gain")])], size=(7.5, 4))
+    "Speedup by round trip, measured and predicted: every drafter, then the best one at every rate"
+    def curves(some, label):
+        out = []
+        for key in dict.fromkeys(map(label, some)):
+            mine = sorted((r for r in some if label(r) == key), key=lambda r: r.rtt_ms)
+            x = [r.rtt_ms for r in mine]
+            out.append(Series(key, x, *([getattr(r.measured, k) for r in mine] for k in ("value", "low", "high"))))
+            out.append(Series(f"{key} (estimate)", x, [r.predicted for r in mine], null=True))
+        return out
+    axes, best = ("round trip (ms)", "speedup over the better plain decoding (ratio)"), self.best() or self.rows[0]
+    marks = dict(marks=[("y", 1, "no gain")])
+    panels = [Panel("every drafter", curves([r for r in self.rows if not r.mbit], lambda r: r.name), *axes, **marks)]
+    mine = [r for r in self.rows if r.name == best.name]
+    rate = lambda r: f"{r.mbit:g} Mbit/s" if r.mbit else "as fast as it goes"
+    if len({r.mbit for r in mine}) > 1: panels.append(Panel(f"{best.name} by rate", curves(mine, rate), *axes, **marks))
+    return Chart(f"Two models at once, {self.about['pair']}: distance is an artificial delay", panels,
+                 size=(6.5 * len(panels), 4))
 
 # %% ../nbs/06b_at_once.ipynb #once018
 @patch

@@ -6,8 +6,8 @@
 __all__ = ['BUCKETS', 'CONJECTURE', 'SHOWN', 'SCORES', 'GAINS', 'auroc', 'share_by_clip', 'resampled', 'Reliability',
            'reliability', 'reliability_of', 'conjecture', 'per_question', 'Laws', 'expert_laws', 'joined_laws',
            'fit_weights', 'product', 'fit_fusion', 'OwnGain', 'pair_laws', 'own_gain', 'own_gain_table', 'word_tables',
-           'Gain', 'cross_modal_gain', 'Calibration', 'calibrate', 'calibrate_to_folder', 'worth_of_events', 'gains',
-           'claims_table', 'buckets_table', 'scores_table', 'gain_table', 'calibration_report', 'chart_reliability',
+           'Gain', 'cross_modal_gain', 'Calibration', 'calibrate', 'worth_of_events', 'gains', 'claims_table',
+           'buckets_table', 'scores_table', 'gain_table', 'calibration_report', 'chart_reliability',
            'calibration_figures']
 
 # %% ../nbs/03b_calibration.ipynb #cell002
@@ -28,7 +28,7 @@ from .base.stats import Interval, clip_bootstrap
 from .base.tables import Column, Table
 from .data.answers import answers_of
 from .data.scores import aligner
-from .data.store import check_states, open_states
+from .data.store import check_states
 from .metrics import accepts
 from .models.words import NGramTable
 from .nulls import chart_intervals
@@ -395,17 +395,6 @@ SCORES = {"cos": "cos (aligned, target), mean of bucket", "centred": "centred co
           "confidence": "top-1 probability of the drafter, mean of bucket"} # that may sort matches from mismatches
 
 # %% ../nbs/03b_calibration.ipynb #calib002
-def calibrate_to_folder(m, # Measurement, saved in `m.folder`
-                        checkpoint, test_data, val_data=None, train_data=None, # paths
-                        n_boot=400, own=None)->Calibration | None: # None where no token was compared
-    "`calibrate` beside a measurement, from files; adds calibration.json, calibration.txt and pictures to its folder"
-    if any(m.scores[s, m.name].rank is None for s in m.metrics): return None
-    test, val = open_states(test_data), None if val_data is None else open_states(val_data)
-    words = None if train_data is None else answers_of(open_states(train_data))
-    c = calibrate(m, checkpoint, test, val, words, None, n_boot, own=own)
-    c.save(m.folder)
-    return c
-
 def worth_of_events(right, wrong, n_boot=400)->Interval | None:
     "Bits per token of the right clip's events: CE(fused | another clip, its own weights) − CE(fused | this clip)"
     (a, tokens, clips), (b, same, _) = right.answers, wrong.answers # answer by answer

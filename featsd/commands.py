@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['featsd_extract', 'featsd_pocket_train', 'featsd_adapters', 'trained', 'featsd_train', 'featsd_measure',
            'featsd_timeline', 'featsd_verify', 'featsd_convert', 'featsd_size', 'featsd_dataset', 'featsd_decode',
-           'featsd_compare', 'featsd_replay', 'featsd_bench', 'featsd_demo', 'featsd_figures']
+           'featsd_compare', 'featsd_replay', 'featsd_doctor', 'featsd_bench', 'featsd_demo', 'featsd_figures']
 
 # %% ../nbs/09_commands.ipynb #cell002
 from fastcore.script import Param, call_parse, store_true
@@ -88,8 +88,7 @@ def featsd_pocket_train(
     from featsd.models.pocket import train_pocket
     check_writable(output_dir)
     for role, result in train_pocket(output_dir, clips, tower_steps, word_steps, seed).items():
-        for what in ("sees", "speaks", "follows"):
-            if what not in result: continue
+        for what in (k for k in ("sees", "speaks", "follows") if k in result):
             print(f"{role} {what}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[what].items() if k != "by_question"))
 
 # %% ../nbs/09_commands.ipynb #cell009
@@ -174,10 +173,9 @@ def featsd_measure(
 ):
     ("Measure an adapter beside its baselines: the eight-section report, what a cosine is worth in tokens, "
      "acceptance_metrics.json, position_stats.json, calibration.json, figures")
-    from featsd.calibration import calibrate_to_folder
     from featsd.base.costs import SDConfig
     from featsd.data.store import open_states
-    from featsd.nulls import measure_to_folder
+    from featsd.measured import calibrate_to_folder, measure_to_folder
     if not checkpoint:
         raise FeatsdError("--checkpoint: expected a file, found none; give a best_model.pt of featsd_train")
     if not test_data:
@@ -244,18 +242,9 @@ def featsd_verify(
 ):
     ("Check every file: readable, sizes, sha256, shapes, finite numbers, ids, heads; and whether it belongs to a "
      "pair. Exit status 1 if anything is wrong")
-    from featsd.files import compare_pair, is_gap, is_wrong, verify_files
-    verdicts = verify_files(path, repair)
-    for file, verdict in verdicts: print(f"{file:36s} {verdict}")
-    dropped, gaps = (sum(f(v) for _, v in verdicts) for f in (lambda v: v.startswith("dropped"), is_gap))
-    wrong = sum(is_wrong(v) for _, v in verdicts) - gaps * repair
-    valid = "; what is left is valid, run the extraction again to make the rest"
-    print(f"{len(verdicts)} files, {wrong} wrong" + f", {dropped} dropped" * repair
-          + valid * (repair and not wrong and dropped + gaps > 0))
-    if pair is not None:
-        compared = compare_pair(path, pair, quant)
-        for what, said in compared: print(f"{what:18s} {said}")
-        wrong += sum(said.startswith("differs") for _, said in compared)
+    from featsd.files import verdict_lines
+    lines, wrong = verdict_lines(path, repair, pair, quant)
+    for line in lines: print(line)
     if wrong: raise SystemExit(1)
 
 # %% ../nbs/09_commands.ipynb #cell016
@@ -329,11 +318,7 @@ def featsd_dataset(
     settings = {k: v for k, v in locals().items() if k != "no_mp4"}
     from featsd.data.build import build_dataset
     built = build_dataset(**settings, mp4=not no_mp4)
-    sequences = f"{built.sequences} {'sequence' if built.sequences == 1 else 'sequences'}"
-    print(f"{built.clips} clips, {sequences} ({built.made} made now), {len(built.skipped)} skipped")
-    for clip, why in built.skipped[:20]: print(f"  skipped {clip}: {why}")
-    if len(built.skipped) > 20: print(f"  … and {len(built.skipped) - 20} more, listed in dataset.json")
-    print(built.path)
+    for line in built.lines(): print(line)
 
 # %% ../nbs/09_commands.ipynb #cell020
 def decoded(flags): # of `featsd_decode`
@@ -341,8 +326,7 @@ def decoded(flags): # of `featsd_decode`
     from featsd.decode import Sampling, rule_of
     from featsd.generate import Asking, Recipe, decode_clips
     from featsd.models.backbone import load_pair
-    warm = flags["temperature"]
-    sampling = Sampling(**picked(flags, "temperature", "top_k", "top_p", "seed")) if warm else None
+    sampling = Sampling(**picked(flags, "temperature", "top_k", "top_p", "seed")) if flags["temperature"] else None
     decode_clips(load_pair(flags["pair"], quant=flags["quant"]), rule=rule_of(flags["mode"], flags["tau"], sampling),
                  asking=Asking(**picked(flags, "clip", "question", "dataset_dir", "split")),
                  recipe=Recipe(**picked(flags, "drafter", "adapter", "words", "val", "min_confidence")),
@@ -358,12 +342,12 @@ def featsd_decode(
     clip:int=0, # index of the clip
     question:str="0", # index of the question, or its text
     # null, oracle, adversarial, raw, standard, lookup, template, ngram, aligned, free, two-phase, fused, gated, own,
-    # own+event, fused-own, gated-own; several joined by "+" make a cascade
+    # own+event, fused-own, gated-own, auto; several joined by "+" make a cascade
     drafter:str="standard",
     adapter:str=None, # checkpoints of featsd_train, commas between, for aligned to gated-own
     # training answers for ngram, template, fused, gated: a store folder, a log of answers, or an n-gram table
     words:str=None,
-    val:str=None, # store of validation clips: fits the weights of fused and the gate of gated
+    val:str=None, # store of validation clips: fits the weights of fused, the gate of gated, all that auto chooses by
     gamma:int=5, # tokens drafted per cycle
     min_confidence:float=0., # stop drafting where the drafter is less sure than this (0 = always draft gamma tokens)
     temperature:float=0., # 0 = greedy
@@ -388,11 +372,11 @@ def featsd_decode(
 # %% ../nbs/09_commands.ipynb #cell022
 def compared(flags): # of `featsd_compare`
     "One comparison per number of threads; their folders"
-    from pathlib import Path
     from featsd.at_once import Wires, run_at_once
-    from featsd.compare import Fitting, HeldOut, run_comparison
-    from featsd.race import Procedure
-    out, gammas, counts = Path(flags["out"]), numbers(flags["gammas"], "gammas"), numbers(flags["threads"], "threads")
+    from featsd.batches import Load, pair_with_room, run_batches
+    from featsd.compare import Fitting, HeldOut, Procedure, run_comparison
+    out, gammas, counts = flags["out"], numbers(flags["gammas"], "gammas"), numbers(flags["threads"], "threads")
+    load = Load(numbers(flags["batches"], "batches")) if flags["batches"] else None
     depths = numbers(flags["draft_layers"], "draft_layers") or None
     wires = Wires.asked(flags["asynchronous"], *(numbers(flags[k], k, float) for k in ("rtt", "mbit")))
     held_out = HeldOut(**picked(flags, "dataset_dir", "split", "clips", "questions", "duration"))
@@ -401,10 +385,12 @@ def compared(flags): # of `featsd_compare`
     same = dict(drafters=parts(flags["drafters"]) or None, held_out=held_out, fitting=fitting,
                 **picked(flags, "pair", "quant", "wrong_clip"))
     timed = picked(flags, "max_new_tokens", "seed", "plain_runs", "transformers")
+    if load: same["pair"] = pair_with_room(flags["pair"], load, Procedure(gammas, **timed), held_out, flags["quant"])
     for n in counts or [1]:
-        folder = out if len(counts) < 2 else out/f"threads_{n}"
+        folder = out if len(counts) < 2 else f"{out}/threads_{n}"
         result = run_comparison(**same, how=(how := Procedure(gammas=gammas, threads=n, **timed)), out=folder)
         if wires: run_at_once(result, how, wires, folder)
+        if load: run_batches(result, load, how, folder)
         yield folder
 
 # %% ../nbs/09_commands.ipynb #cell023
@@ -419,7 +405,7 @@ def featsd_compare(
     questions:int=3, # questions per clip
     gammas:str="1,2,3,4,6,8", # drafted tokens per cycle
     threads:str="1", # of torch; "1,2" compares twice, into DIR/threads_1 and DIR/threads_2
-    out:str="comparison", # folder: compare.json, cycles.jsonl, report.txt, speedup.png, compare.html
+    out:str="comparison", # folder: compare.json, cycles.jsonl, report.txt, speedup.png, tree.png, compare.html
     dataset_dir:str="pocket", # data set folder, or "pocket" for the built-in world
     split:str="test", # whose clips are compared on
     duration:str=None, # of a data set folder's clips: 1s, 500ms, …; picks the subfolder
@@ -435,6 +421,7 @@ def featsd_compare(
     asynchronous:store_true=False, # also both models at once, the draft in a process of its own: at_once.txt in DIR
     rtt:str="", # artificial round trips to the draft in ms, commas between; implies --asynchronous
     mbit:str="", # artificial rates in Mbit/s, commas between; implies --asynchronous
+    batches:str="", # answers at once, such as 1,2,4,8,16,32: the fastest drafter by batch, batches.txt in DIR
     max_new_tokens:int=50, # tokens per answer
     plain_runs:int=3, # timed runs of plain decoding per prompt
     seed:int=0, # of the order of the arms and of the resampling
@@ -472,6 +459,18 @@ def featsd_replay(
     run_replay(answers, timing, out, skip_bad, fit_fraction=fit_fraction, gammas=numbers(gammas, "gammas"),
                nodes=numbers(nodes, "nodes"), order=order, block=block)
 
+# %% ../nbs/09_commands.ipynb #doctor01
+@call_parse
+@command
+def featsd_doctor(
+    runs:Param("what commands left: folders, files; a measurement beside its comparison", str, nargs="+"), # noqa: F722
+    json:str=None, # also write what was found to this file
+):
+    "Why a result disappoints: likely causes, each with evidence and the way out; what could not be looked at, and why"
+    from featsd.doctor import doctor
+    check_file(json)
+    print(doctor(*runs, json_file=json))
+
 # %% ../nbs/09_commands.ipynb #cell025
 @call_parse
 @command
@@ -506,7 +505,7 @@ def featsd_demo(
     seed:int=0, # of clips and training
 ):
     ("The whole study on the built-in pair: extract, train L1-L4 and a head on the target's own states, measure "
-     "against every baseline, report. Some ten minutes on 2 cores")
+     "against every baseline, report. Minutes on 2 cores; --quick takes a fraction")
     from featsd.report import demo
     check_writable(out, "demo.json")
     if figures: check_writable(figures, "demo.json")

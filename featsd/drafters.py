@@ -406,7 +406,7 @@ class FusedDraft(AlignedDraft):
 
 # %% ../nbs/05a_drafters.ipynb #cell028
 class GatedDraft(FusedDraft):
-    "The n-gram table while it is sure; elsewhere the fused law, for which the draft model is consulted once"
+    "The n-gram table while it is sure; elsewhere a weighted mix of table and adapter, for which the draft is asked"
     name = "gated"
     def __init__(self, model, head, adapter, table, weights=(1., 1.),
                  gate=.8, # how sure the table must be to draft alone; see `fit_gate`
@@ -479,7 +479,8 @@ class Cascade(Drafter):
 # %% ../nbs/05a_drafters.ipynb #fieldof1
 SAID = dict(adapter="an adapter (--adapter CHECKPOINT)", ngram="an n-gram table", template="a template", # in errors
             own="an own-state head (featsd_train --adapter_level own; --adapter CHECKPOINT)",
-            event="an own-state head with events (featsd_train --adapter_level own+event; --adapter CHECKPOINT)")
+            event="an own-state head with events (featsd_train --adapter_level own+event; --adapter CHECKPOINT)",
+            calibration="calibration data (--val: a store of validation clips)")
 
 def field_of(adapter)->str | None: # of a `Kit`; None: a level that can be measured only
     "What an adapter is to a drafter"
@@ -501,6 +502,7 @@ class Kit:
     max_new_tokens: int = 50
     own: object = None     # `OwnStateHead`
     event: object = None   # `OwnEventHead`
+    calibration: object = None # `featsd.fit.Calibrated`: what the drafter "auto" chooses by
 
 def make_drafter(name:str, # of `drafter_classes`, or several joined by "+": a cascade, such as "lookup+ngram"
                  kit:Kit)->Drafter:

@@ -29,7 +29,7 @@ from .decode import (
     Arm, Decoded, Drafter, Greedy, Prompt, Sampled, certify, encode_prompt, needs_of, plain_decode, run_arm,
     speculative_decode)
 from .drafters import Kit, check_models, field_of, make_drafter
-from .fit import adapters_of, fit_gate, fit_words, opinions
+from .fit import adapters_of, fit_auto, fit_gate, fit_words, opinions
 from .models.backbone import load_pair
 from .models.lean import lean
 
@@ -112,7 +112,9 @@ def prepare_drafter(recipe:Recipe, pair, questions, max_new_tokens=50)->Drafter:
         made_of = open_states(r.val), kit.ngram, expert, pair.target.head
         check_models(model_ids(made_of[0].manifest), r.val, draft=pair.draft, target=pair.target)
         kit.weights = fit_fusion(*made_of)
-        kit.gate = fit_gate(opinions(*made_of, kit.weights))["gate"]
+        ops = opinions(*made_of, kit.weights)
+        kit.gate = fit_gate(ops)["gate"]
+        kit.calibration = fit_auto(ops) if "calibration" in needs else None
     return make_drafter(r.drafter, kit)
 
 # %% ../nbs/05c_generate.ipynb #cell016

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainStats', 'fit_stats', 'Shuffled', 'Once', 'state_nulls', 'word_nulls_flags', 'word_scores', 'null_columns',
-           'NullRow', 'row_of', 'word_row', 'null_table', 'best_null', 'prefix_bound', 'Measurement', 'measure',
-           'chart_intervals', 'chart_nulls', 'measurement_figures', 'save_measurement', 'measure_to_folder']
+           'NullRow', 'row_of', 'word_row', 'null_table', 'best_null', 'prefix_bound', 'Measurement', 'target_says',
+           'measure', 'chart_intervals', 'chart_nulls', 'measurement_figures', 'save_measurement']
 
 # %% ../nbs/03a_nulls.ipynb #cell002
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ from torch import Tensor
 
 import featsd.own  # noqa: F401, its levels register themselves
 from .adapters import check_depth, check_head, load_any_adapter
-from .base.core import FeatsdError, check_writable, plain_values, write_json
-from .base.figures import Chart, Panel, Series, write_html
+from .base.core import FeatsdError, plain_values, write_json
+from .base.figures import Chart, Panel, Series
 from .base.tables import Column, Table
 from .data.answers import Answers, answers_of, id_lists
+from .data.chunk import head_agreement
 from .data.identity import made_for, model_ids, same_models, say_shared
 from .data.scores import Scores, aligner, as_it_is, score_states, take
-from .data.store import open_states
 from .metrics import (
     METRICS, accepts, by_position, chart_cosines, chart_frontier, chart_positions, chart_runs, chart_summary,
     compute_per_position_stats, consecutive, metrics_of, print_metrics_report, sweep)
@@ -222,6 +222,7 @@ class Measurement:
     questions: list = field(repr=False, default_factory=list) # of the test pairs
     notes: list = field(default_factory=list) # what was left out, and why
     folder: str = "" # where it was saved
+    target_says: dict = None # of `target_says`; None: without a head
 
     def row(self, name, stream=None):
         return next((r for r in self.rows if r.name == name and stream in (None, r.stream)), None)
@@ -230,6 +231,15 @@ class Measurement:
         parts = [print_metrics_report(m, f"{self.name}, stream {k}", out=None) for k, m in self.metrics.items()]
         beside = "Beside the baselines (95 % intervals, grouped by clip)"
         return "\n\n".join([*parts, beside, str(null_table(self.rows)), *self.notes])
+
+# %% ../nbs/03a_nulls.ipynb #says0002
+def target_says(states, head, pairs=64)->dict | None: # rows, exact, agree; None: no token ids
+    "On how many positions of the first pairs the target's own state names the stored token"
+    stream = next(s for s in states.manifest["streams"] if s != "target")
+    batch = next(iter(states.batches(stream, batch_pairs=pairs)))
+    if batch.ids is None: return None
+    mask = batch.mask.bool()
+    return head_agreement(batch.h_target[mask], batch.ids[mask], head)
 
 # %% ../nbs/03a_nulls.ipynb #cell023
 def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's states as they are
@@ -249,6 +259,7 @@ def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's 
     clips, questions = ([getattr(p, k) for p in test.pairs] for k in ("clip_id", "question"))
     out = Measurement(name, {}, {}, [], clips=clips, questions=questions, notes=notes)
     if head is None: out.notes.append("The store holds no target head, so no token is compared through it.")
+    else: out.target_says = target_says(test, head)
     if train is None: out.notes.append("No training data: means, regression, template and n-gram table are left out.")
     for stream in streams:
         if stream in there: _measure_stream(out, adapter, test, train, stream, (timing, sd_config), head, n_boot)
@@ -347,30 +358,16 @@ def measurement_figures(m:Measurement, title=None)->dict: # file name -> Chart
 
 # %% ../nbs/03a_nulls.ipynb #cell029
 def save_measurement(m:Measurement, output_dir)->list: # names of the files
-    "acceptance_metrics.json, position_stats.json, report.txt, the PNGs, and one page with the plotly figures"
+    "acceptance_metrics.json, position_stats.json, report.txt, the PNGs"
     out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
     first, *others = m.metrics
     nulls = [{k: getattr(r, k) for k in ("name", "stream", "kind", "n", "values", "nan_positions")} for r in m.rows]
-    about = {"stream": first, "adapter": m.name, "streams": m.metrics, "nulls": nulls, "notes": m.notes}
+    about = {"stream": first, "adapter": m.name, "streams": m.metrics, "nulls": nulls, "notes": m.notes,
+             "target_says": m.target_says}
     write_json(out/"acceptance_metrics.json", plain_values(m.metrics[first] | about))
     write_json(out/"position_stats.json", plain_values(m.position_stats[first]))
     for s in others: write_json(out/f"position_stats_{s}.json", plain_values(m.position_stats[s]))
-    text, pictures = m.report(), measurement_figures(m)
-    (out/"report.txt").write_text(text + "\n", encoding="utf-8")
-    for file, chart in pictures.items(): chart.save(out/f"{file}.png")
-    write_html(out/"metrics.html", f"Acceptance of {m.name}", [text, *pictures.values()])
+    (out/"report.txt").write_text(m.report() + "\n", encoding="utf-8")
+    for file, chart in measurement_figures(m).items(): chart.save(out/f"{file}.png")
     return sorted(p.name for p in out.iterdir())
-
-def measure_to_folder(checkpoint, test_data, # paths
-                      output_dir=None, # None: beside the checkpoint
-                      train_data=None, # path of the training store
-                      n_boot=400, head=None, sd_config=None)->Measurement:
-    "Measure a checkpoint on a store and leave report, JSON, PNGs and page in a folder"
-    folder = str(output_dir or Path(checkpoint).parent/"metrics")
-    check_writable(folder, "acceptance_metrics.json", "report.txt", "metrics.html")
-    test, train = open_states(test_data), None if train_data is None else open_states(train_data)
-    m = measure(checkpoint, test, train, n_boot=n_boot, head=head, sd_config=sd_config)
-    m.folder = folder
-    save_measurement(m, m.folder)
-    return m

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'run_transformers', 'Asked', 'other_clips', 'asked_of', 'arms_of', 'quiet_clock', 'Watch', 'Procedure',
-           'Timed', 'interleave', 'Curves', 'curves_of_runs', 'ArmRow', 'parameter_ratio', 'rounded', 'verification_ms',
-           'speedups_by_clock', 'cost_row', 'set_bounds', 'rows_of']
+           'Timed', 'interleave', 'Curves', 'curves_of_runs', 'ArmRow', 'parameter_ratio', 'step_facts', 'rounded',
+           'verification_ms', 'speedups_by_clock', 'cost_row', 'set_bounds', 'rows_of', 'Advantage', 'advantage',
+           'beside_transformers', 'facts_of_run']
 
 # %% ../nbs/05d_race.ipynb #race002
 import gc
 import math
+import os
+import platform
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from .base.core import FeatsdError
+from .adapters import copy_bandwidth
+from .base.core import FeatsdError, lib_versions
 from .base.costs import TimingConfig, expected_tau, speedup_bound, study_decode
 from .base.stats import Interval, clip_bootstrap
 from .decode import Arm, encode_prompt, logits_along, plain_decode, run_arm, weights_of
@@ -237,6 +241,15 @@ def parameter_ratio(pair, drafter)->float:
     "c′: what a consultation of the draft side must read, over what a target step must"
     return drafter.weights_read() / weights_of(pair.target, pair.target.head)
 
+# %% ../nbs/05d_race.ipynb #stepf002
+def step_facts(target)->dict: # device, step_bytes; on a GPU copy_gb_s, what a large copy moves per second
+    "What a target step reads, and where"
+    table = getattr(getattr(target, "embed", None), "weight", None) # of which a step reads one row
+    read = [p for n, p in target.decoder.named_parameters() if p is not table and "embed_tokens" not in n]
+    device = str(getattr(target, "device", "cpu"))
+    out = {"device": device, "step_bytes": sum(p.nbytes for p in [*read, target.head.lm_head.weight])}
+    return out | ({"copy_gb_s": copy_bandwidth(device) / 1e9} if device.startswith("cuda") else {})
+
 # %% ../nbs/05d_race.ipynb #race031
 def rounded(pair, asked, arm, ids)->bool:
     "Not plain decoding's ids, but by rounding alone: each within two noise bands of the best logit"
@@ -307,3 +320,62 @@ def rows_of(pair, arms, timed, how)->list: # ArmRow, one per arm
             row.rounded = sum(rounded(pair, a, arm, ids) for a, ids in other)
     set_bounds(rows, timed, verify)
     return rows
+
+# %% ../nbs/05d_race.ipynb #race901x
+@dataclass
+class Advantage:
+    "How much faster one side is than the other"
+    a: str
+    b: str
+    ratio: Interval
+    sure: float # share of the resamplings in which a is faster
+
+    @property
+    def excludes_one(self): return self.ratio.low > 1 or self.ratio.high < 1
+    def __repr__(self): return str(self)
+    def __str__(self):
+        r, said = self.ratio, "the interval excludes 1" if self.excludes_one else "not decided"
+        return f"{self.a} over {self.b}: {r.value:.2f}x [{r.low:.2f}, {r.high:.2f}], {said}"
+
+def advantage(a, b, # lists of ArmRow: each side's choices
+              clips, # [prompts]
+              n=2000, seed=0, where=None, # bool [prompts]: only these
+             )->Advantage:
+    "Paired bootstrap over clips of best against best"
+    where = np.ones(len(clips), bool) if where is None else np.asarray(where)
+    number = {c: i for i, c in enumerate(dict.fromkeys(c for c, w in zip(clips, where, strict=True) if w))}
+    group, G = np.array([number.get(c, 0) for c in clips]), len(number)
+    def sums(rows): return np.stack([np.bincount(group[where], np.asarray(r.ms)[where], G) for r in rows], 1)
+    A, B = sums(a), sums(b) # [clips, rows]
+    pick = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=n)
+    ratio = (pick @ B).min(1) / (pick @ A).min(1)
+    best_a, best_b = a[int(A.sum(0).argmin())], b[int(B.sum(0).argmin())]
+    low, high = np.quantile(ratio, [.025, .975])
+    found = Interval(float(B.sum(0).min() / A.sum(0).min()), float(low), float(high), G)
+    return Advantage(best_a.label, best_b.label, found, float((ratio > 1).mean()))
+
+# %% ../nbs/05d_race.ipynb #race904x
+def beside_transformers(timed, how)->dict: # ratio: plain time over its time, below 1 it is slower; whole: with prefill
+    "How transformers' own `generate` did on the same prompts"
+    if timed.transformers[0] is None: return {}
+    whole, first = ([t[k] for t in timed.transformers] for k in (1, 2))
+    over = lambda plain, its: clip_bootstrap(plain, timed.clips, how.n_boot, how.seed, weights=its)
+    return {"ratio": over(timed.plain_ms, [w - f for w, f in zip(whole, first, strict=True)]),
+            "whole": over([p + s for p, s in zip(timed.plain_ms, timed.start_ms, strict=True)], whole),
+            "identical": sum(t[0] == a.answer for t, a in zip(timed.transformers, timed.asked, strict=True)),
+            "ms": whole, "first_ms": first}
+
+# %% ../nbs/05d_race.ipynb #race905x
+def facts_of_run(pair, timed, how)->dict:
+    "Environment, settings and totals of a comparison: its `about`"
+    t, d, watch = pair.target, pair.draft, timed.watch
+    return {"pair": getattr(pair, "name", "pair"), "target": t.name, "draft": d.name,
+            "target_hash": t.model_hash, "draft_hash": d.model_hash, "dtype": str(t.dtype).removeprefix("torch."),
+            "prompts": len(timed.asked), "clips": len(dict.fromkeys(timed.clips)),
+            "questions": list(dict.fromkeys(a.question for a in timed.asked)),
+            "mean_tokens": timed.tokens / len(timed.asked), "gammas": [int(g) for g in how.gammas],
+            "max_new_tokens": how.max_new_tokens, "seed": how.seed, "plain_runs": how.plain_runs,
+            "warmup": how.warmup, "versions": lib_versions(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "waited": watch.waited, "interrupted": watch.interrupted, "still_interrupted": watch.given_up,
+            "target_token_ms": timed.token_ms, "target_prefill_ms": float(np.mean(timed.start_ms)),
+            "verify_ms": {str(k): v for k, v in verification_ms(timed.arms).items()}} | step_facts(t)

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 
 from .base.core import FeatsdError, check_writable, plain_values, read_json, write_json
 from .base.costs import TimingConfig, costs_of, speedup_exact, timing_of_study, verify_cost
-from .base.figures import Chart, Panel, Series, write_html
+from .base.figures import Chart, Panel, Series
+from .base.page import Figure, Page, Section, Terms
 from .base.stats import Interval, clip_bootstrap
 from .base.tables import Column, Table
 from .data.acceptance import is_acceptance, read_acceptance, wanted
@@ -394,6 +395,25 @@ def chart(self:Replay)->Chart:
     return Chart("Tokens per target forward, replayed from logged answers", [panel])
 
 @patch
+def page(self:Replay)->Page:
+    "The tables and the chart, and what they say"
+    table, trees, best = self.table(), self.trees(), max(self.rows, key=lambda r: max(i.value for i in r.tau.values()))
+    at, tau = max(best.tau.items(), key=lambda kv: kv[1].value)
+    most = f"{tau.value:.2f} [{tau.low:.2f}, {tau.high:.2f}]"
+    answer = (f"Without any model at run time {best.name} would bring {most} tokens per target forward at "
+              f"{at} drafted {'nodes' if best.tree else 'tokens'}; plain decoding brings 1.")
+    caption = ("Look at how soon a curve goes flat: from there on more guesses cost verification and bring nothing. "
+               f"Grey, the draft model's own tokens. Here the best, {best.name}, ends at {tau.value:.2f}.")
+    notes, table.notes = table.notes, []
+    words = Terms({"τ": "tokens that one forward of the target brings",
+                   "match at 0": "answers whose first token is right",
+                   "in a row": "right tokens from the answer's start"})
+    sections = [Section("Drafters of chains", [table, *notes, words]), Section("Drafters of trees", [trees])]
+    return Page("What would words alone earn?", answer, [Figure(self.chart(), caption, "replay")],
+                [s for s in sections if s.parts[0].rows])
+
+# %% ../nbs/06a_replay.ipynb #replsave
+@patch
 def save(self:Replay, folder)->list: # names of the files
     "replay.json, replay.txt, replay.png, replay.html"
     folder = Path(folder)
@@ -404,7 +424,7 @@ def save(self:Replay, folder)->list: # names of the files
         "rows": [plain_values(vars(r)) for r in self.rows]})
     (folder/"replay.txt").write_text(self.report() + "\n", encoding="utf-8")
     self.chart().save(folder/"replay.png")
-    write_html(folder/"replay.html", "What words alone would earn", [*self.tables(), self.chart()])
+    self.page().save(folder/"replay.html")
     return sorted(p.name for p in folder.iterdir())
 
 # %% ../nbs/06a_replay.ipynb #cell019

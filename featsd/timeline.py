@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PLAIN', 'CONTOURS', 'STUDY_CLAIM', 'measure_stages', 'timing_of_samples', 'timing_table', 'timing_report',
-           'Stage', 'stage_rows', 'chart_timeline', 'plot_stage_timeline', 'read_timing', 'curves_of', 'run_timeline',
-           'stage_timeline', 'largest_cost', 'speedup_view', 'chart_speedup_plane', 'presets_of', 'speedup_explorer']
+           'Stage', 'stage_rows', 'chart_timeline', 'plot_stage_timeline', 'stage_timeline', 'largest_cost',
+           'speedup_view', 'chart_speedup_plane', 'timeline_by_gamma', 'plane_by_cost', 'timeline_page', 'presets_of',
+           'speedup_explorer', 'read_timing', 'curves_of', 'run_timeline']
 
 # %% ../nbs/04_timeline.ipynb #cell002
 import html
@@ -24,6 +25,7 @@ from .base.costs import (
     speedup_exact, speedup_iid, study_decode, verify_cost)
 from .base.figures import (
     DASHES, GREYS, PALETTE, Chart, Panel, Series, Shown, at_home, live_figure, remember)
+from .base.page import Figure, Page, Section, Sliding
 from .base.tables import Column, Table
 
 # %% ../nbs/04_timeline.ipynb #cell024
@@ -192,64 +194,6 @@ def plot_stage_timeline(metrics:dict, # of `compute_all_metrics_parallel`
             "baseline_time_ratios": {k: v / plain for k, v in _shares(rows)[PLAIN].items()},
             "speedup_estimate": plain / drafted, "timing_measured": timing.measured, "chart": chart}
 
-# %% ../nbs/04_timeline.ipynb #cell034
-def read_timing(path)->TimingConfig:
-    "A TimingConfig from JSON; unknown keys are an error that lists the known ones"
-    d, known = read_json(path), {f.name for f in fields(TimingConfig)}
-    if not isinstance(d, dict) or set(d) - known:
-        found = ", ".join(sorted(set(d) - known)) if isinstance(d, dict) else type(d).__name__
-        raise FeatsdError(f"{path}: expected an object with some of {', '.join(sorted(known))}, found {found}")
-    try: return TimingConfig(**d)
-    except (FeatsdError, TypeError, ValueError, AttributeError) as e: raise FeatsdError(f"{path}: {e}") from None
-
-def curves_of(metrics:dict, # acceptance_metrics.json
-              where="metrics")->tuple: # {γ: curve} of the forced stream, curve of the free stream's first block or None
-    "What a plan needs of a measurement"
-    try:
-        streams = metrics.get("streams") or {"draft_forced": metrics}
-        forced, free = streams.get("draft_forced", metrics), streams.get("draft_free", {})
-        if "cycle_prefix" not in forced:
-            raise FeatsdError(f"{where}: no token agreement in it (cycle_prefix); "
-                              "measure a store that holds the target's head")
-        by = {int(g): v for g, v in forced["cycle_prefix"].items()}
-        first = (free.get("curves_token") or {}).get("prefix")
-        for curve in (*by.values(), first or []): [float(p or 0.) for p in curve]
-        if not by or min(by) < 1 or max(by) > 10_000: raise ValueError(f"γ of {sorted(by)[:3]}")
-    except FeatsdError: raise
-    except (AttributeError, TypeError, ValueError, OverflowError) as e:
-        raise FeatsdError(f"{where}: expected acceptance_metrics.json, found something else ({e}); "
-                          "measure again") from None
-    return by, first
-
-# %% ../nbs/04_timeline.ipynb #runtl001
-def run_timeline(output_dir, # timing.json, plan.json, stage_timeline.png go here
-                 timing, # TimingConfig, of `measure_stages` or `read_timing`
-                 metrics=None, # acceptance_metrics.json as a dict; None: stage times, and what any drafter could gain
-                 gamma=5, n_out=50, out=print)->tuple: # TimingConfig, Plan or None
-    "Stage times, plan and timeline of a pair; `out` prints them"
-    folder, p, sd = Path(output_dir), None, SDConfig(gamma_decode=gamma, n_out=n_out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder/"timing.json", asdict(timing) | {"verify": {str(k): v for k, v in timing.verify.items()}})
-    out(timing_report(timing))
-    if metrics is None: out(_most(plan(timing, [1.] * 16, n_out)))
-    else:
-        by, first = curves_of(metrics)
-        p = plan(timing, by, n_out, first)
-        block = sum(by.get(gamma, by[max(by)])[:gamma])
-        chart_timeline(timing, block, sd).save(folder/"stage_timeline.png")
-        lines = {k: {r["gamma"]: r[k] for r in p.by_gamma} for k in ("exact", "iid")}
-        chart_speedups(lines, "Speedup of decoding by γ (estimates)").save(folder/"speedup.png")
-        write_json(folder/"plan.json", asdict(p))
-        out(p.line())
-    return timing, p
-
-def _most(best): # of a plan whose every token is accepted
-    "What any drafter could gain, in one line"
-    pays = ("nothing pays at these costs" if best.break_even_alpha is None
-            else f"drafting pays above α = {best.break_even_alpha:.2f}")
-    return (f"before any adapter (estimate): if every drafted token were accepted, {best.exact:.2f}x at "
-            f"γ = {best.gamma or 'any'}; {pays}; --metrics adds the plan for a measured adapter")
-
 # %% ../nbs/04_timeline.ipynb #8b37bba4
 def _spoken(fig, ends): # hover texts and labels of a live timeline
     for t in fig.data:
@@ -352,6 +296,51 @@ def chart_speedup_plane(v)->Chart: # of `speedup_view`
         Panel("speedup by γ", lines, "γ, tokens drafted per cycle", "speedup (ratio)", marks=[("y", 1, "no gain")]),
         Panel("acceptance and cost", plane, *axes, xlim=(0, 1.02), ylim=(-.02, 1))], columns=2, size=(6, 3.6))
 
+# %% ../nbs/04_timeline.ipynb #tlpage02
+def timeline_by_gamma(timing:TimingConfig, accepted:dict, # γ → mean tokens accepted per block
+                      n_out=50, start=None)->Sliding:
+    "The stages of one answer at every γ"
+    charts, how = {}, "measured" if timing.measured else "assumed"
+    for g, n in sorted(accepted.items()):
+        sd = SDConfig(gamma_decode=g, n_out=n_out)
+        plain, drafted = _ends(stage_rows(timing, n, sd))
+        title = (f"γ = {g}, {n:.2f} accepted per block: {n_out} tokens take {drafted:.3g} ms, plainly {plain:.3g} ms, "
+                 f"{plain / drafted:.2f}x with prefills (estimate from {how} stages)")
+        chart = chart_timeline(timing, n, sd, title=title)
+        charts[str(g)] = replace(chart, panels=chart.panels[:1], columns=1, size=(8, 2.6))
+    return Sliding("γ", charts, str(start if start in accepted else max(accepted)))
+
+def plane_by_cost(curve, timing:TimingConfig, gamma=5, n_out=50)->Sliding:
+    "The plane of acceptance and cost, at every price of a guess"
+    own = costs_of(timing)[0]
+    at = sorted({*(i / 20 for i in range(1, 21)), round(own, 3)})
+    said = lambda c: f"{c:.3f} (this pair)" if c == round(own, 3) else f"{c:.2f}"
+    views = {said(c): speedup_view(curve, timing, gamma, c, n_out=n_out) for c in at}
+    charts = {k: replace(chart_speedup_plane(v), title=v["sentence"]) for k, v in views.items()}
+    return Sliding("c", charts, said(round(own, 3)))
+
+# %% ../nbs/04_timeline.ipynb #tlpage03
+def timeline_page(timing:TimingConfig, p, # Plan
+                  by=None, # γ → measured acceptance curve; None: the plan is of a drafter that is always right
+                  n_out=50, most=""): # what any drafter could gain, said
+    "Where the time goes, and what could be saved"
+    curve = [1.] * 16 if by is None else list(by[max(by)]) + [0.] * (16 - len(by[max(by)]))
+    blocks = {g: float(g) for g in range(1, 9)} if by is None else {g: sum(v[:g]) for g, v in by.items()}
+    how, g = "measured" if timing.measured else "assumed", p.gamma or max(blocks)
+    pays = (f"guessing ahead would make decoding {p.exact:.2f} times as fast at γ = {p.gamma}" if p.exact > 1 else
+            f"guessing ahead would not pay ({p.exact:.2f}x at best)")
+    answer = most[0].upper() + most[1:] if most else f"On {how} stage times and this acceptance {pays} (estimate)."
+    whose = "that of a drafter that is always right" if by is None else "that of the measured adapter"
+    bars = (f"Move γ: the bars of guessing and verification stretch, but fewer cycles are needed. Acceptance: {whose}. "
+            f"Here a step of the target takes {timing.target_token_ms:.3g} ms, and a guess costs {p.c:.2f} of it.")
+    plane = ("Move c, the price of a guess in steps of the target. Left, the founding study's formula never turns "
+             f"down; right, the dot pays below the lines. Here drafting pays below c = {p.largest_c:.2f}.")
+    return Page("Where does the time go, and what could guessing save?", answer,
+                [Figure(timeline_by_gamma(timing, blocks, n_out, g), bars, "stages")], [
+        Section("The stages", [timing_table(timing)]),
+        Section("What a guess may cost", [Figure(plane_by_cost(curve, timing, min(g, 16), n_out), plane, "plane")]),
+        Section("The plan", [p.line() if by else most])])
+
 # %% ../nbs/04_timeline.ipynb #cell020
 def _speedup_panels():
     "Two panels whose traces `speedup_explorer` fills"
@@ -444,3 +433,65 @@ def speedup_explorer(presets:dict, # of `presets_of`, or your own
     redraw()
     rows = [W.HBox([c[k] for k in keys]) for keys in (("preset", "gamma", "n_out"), ("c", "o", "P_d", "P_t"))]
     return Shown(at_home(*rows, note, fig), lambda: chart_speedup_plane(view())), c | {"figure": fig, "note": note}
+
+# %% ../nbs/04_timeline.ipynb #cell034
+def read_timing(path)->TimingConfig:
+    "A TimingConfig from JSON; unknown keys are an error that lists the known ones"
+    d, known = read_json(path), {f.name for f in fields(TimingConfig)}
+    if not isinstance(d, dict) or set(d) - known:
+        found = ", ".join(sorted(set(d) - known)) if isinstance(d, dict) else type(d).__name__
+        raise FeatsdError(f"{path}: expected an object with some of {', '.join(sorted(known))}, found {found}")
+    try: return TimingConfig(**d)
+    except (FeatsdError, TypeError, ValueError, AttributeError) as e: raise FeatsdError(f"{path}: {e}") from None
+
+def curves_of(metrics:dict, # acceptance_metrics.json
+              where="metrics")->tuple: # {γ: curve} of the forced stream, curve of the free stream's first block or None
+    "What a plan needs of a measurement"
+    try:
+        streams = metrics.get("streams") or {"draft_forced": metrics}
+        forced, free = streams.get("draft_forced", metrics), streams.get("draft_free", {})
+        if "cycle_prefix" not in forced:
+            raise FeatsdError(f"{where}: no token agreement in it (cycle_prefix); "
+                              "measure a store that holds the target's head")
+        by = {int(g): v for g, v in forced["cycle_prefix"].items()}
+        first = (free.get("curves_token") or {}).get("prefix")
+        for curve in (*by.values(), first or []): [float(p or 0.) for p in curve]
+        if not by or min(by) < 1 or max(by) > 10_000: raise ValueError(f"γ of {sorted(by)[:3]}")
+    except FeatsdError: raise
+    except (AttributeError, TypeError, ValueError, OverflowError) as e:
+        raise FeatsdError(f"{where}: expected acceptance_metrics.json, found something else ({e}); "
+                          "measure again") from None
+    return by, first
+
+# %% ../nbs/04_timeline.ipynb #runtl001
+def run_timeline(output_dir, # timing.json, plan.json, stage_timeline.png, timeline.html go here
+                 timing, # TimingConfig, of `measure_stages` or `read_timing`
+                 metrics=None, # acceptance_metrics.json as a dict; None: stage times, and what any drafter could gain
+                 gamma=5, n_out=50, out=print)->tuple: # TimingConfig, Plan or None
+    "Stage times, plan and timeline of a pair; `out` prints them"
+    folder, p, sd = Path(output_dir), None, SDConfig(gamma_decode=gamma, n_out=n_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder/"timing.json", asdict(timing) | {"verify": {str(k): v for k, v in timing.verify.items()}})
+    out(timing_report(timing))
+    if metrics is None:
+        best = plan(timing, [1.] * 16, n_out)
+        out(_most(best))
+        timeline_page(timing, best, None, n_out, _most(best)).save(folder/"timeline.html")
+    else:
+        by, first = curves_of(metrics)
+        p = plan(timing, by, n_out, first)
+        block = sum(by.get(gamma, by[max(by)])[:gamma])
+        chart_timeline(timing, block, sd).save(folder/"stage_timeline.png")
+        lines = {k: {r["gamma"]: r[k] for r in p.by_gamma} for k in ("exact", "iid")}
+        chart_speedups(lines, "Speedup of decoding by γ (estimates)").save(folder/"speedup.png")
+        write_json(folder/"plan.json", asdict(p))
+        out(p.line())
+        timeline_page(timing, p, by, n_out).save(folder/"timeline.html")
+    return timing, p
+
+def _most(best): # of a plan whose every token is accepted
+    "What any drafter could gain, in one line"
+    pays = ("nothing pays at these costs" if best.break_even_alpha is None
+            else f"drafting pays above α = {best.break_even_alpha:.2f}")
+    return (f"before any adapter (estimate): if every drafted token were accepted, {best.exact:.2f}x at "
+            f"γ = {best.gamma or 'any'}; {pays}; --metrics adds the plan for a measured adapter")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['bare_forward', 'bare_decode', 'prompts_of', 'bench_decoding', 'small_adapter', 'goal_of_engine', 'bench_speculation',
-           'goal_of_costs', 'goals_of_comparison', 'bench_adapters', 'bench_startup', 'bench_explorer']
+           'goal_of_costs', 'goals_of_comparison', 'goals_at_once', 'goal_of_batches', 'goals_beside', 'bench_adapters',
+           'bench_startup', 'bench_explorer']
 
 # %% ../nbs/08b_token_goals.ipynb #cell002
 import time
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from .adapters import LEVELS, create_adapter, load_any_adapter
+from .at_once import at_once
+from .batches import Load, run_batches
 from .bench import Goal, bench, elsewhere, over, same, timed
 from .compare import Fitting, HeldOut, run_comparison
 from .data.clips import open_clips
@@ -25,7 +28,7 @@ from .extract import extract
 from .generate import assisted_generate
 from .models.backbone import load_pair
 from .models.lean import lean
-from .race import Procedure
+from .race import Procedure, asked_of
 from .threshold import SHOW, THRESHOLD_STEPS, threshold_explorer
 from .train import train_adapter
 
@@ -117,7 +120,7 @@ def goal_of_engine(b, pair, adapter, gamma=5)->Goal:
                           over(seconds["theirs"], seconds["ours"]), at_least=1,
                           note=f"{len(prompts)} prompts, aligned drafter, γ {gamma}, prefill included, ids equal")
 
-@bench(260, 12, .5e9, .1e9)
+@bench(400, 30, .5e9, .1e9)
 def bench_speculation(b):
     pair = load_pair("pocket")
     file = small_adapter(b, pair)
@@ -131,7 +134,7 @@ def bench_speculation(b):
     c = run_comparison(pair, names, held_out, Fitting([file], cache=out, **few), how, out, progress=b.progress,
                        say=lambda *_: None)
     same(not any(r.broken for r in c.rows), "a drafter gave other ids than plain decoding")
-    return [engine, *goals_of_comparison(c)]
+    return [engine, *goals_of_comparison(c), *goals_beside(b, c)]
 
 # %% ../nbs/08b_token_goals.ipynb #cell009
 def _quarters(x): return dict(zip(("low", "high"), np.quantile(x, [.25, .75]).tolist(), strict=True))
@@ -165,6 +168,47 @@ def goals_of_comparison(c)->list: # Goal
              **_quarters(plain_ms / raw.ms), n=len(plain_ms), at_most=1,
              note=f"{100 * raw.alpha:.1f} % accepted, γ {raw.gamma}"),
         goal_of_costs(c)]
+
+# %% ../nbs/08b_token_goals.ipynb #oncegoal2
+def goals_at_once(found)->list: # of `AtOnce`
+    "What two models at once say about the goals"
+    best, worst = found.best(), min(found.rows, key=lambda r: r.measured.value)
+    edges = lambda i: dict(value=i.value, low=i.low, high=i.high)
+    quiet = "" if found.about["quiet"] else ", cores not quiet"
+    asked = f"{best.prompts} prompts of {found.about['clips']} clips{quiet}"
+    share = [r.exchange for r in found.rows]
+    return [
+        Goal("at_once", "at once: best drafter over the better plain decoding", **edges(best.measured), n=best.prompts,
+             at_least=3, note=f"{best.name}; {asked}"),
+        Goal("at_once_turn", "at once: that over the same drafter in turn", **edges(best.in_turn), n=best.prompts,
+             at_least=1.15, note=f"γ {best.gamma}"),
+        Goal("at_once_worst", "at once: worst drafter over plain decoding", **edges(worst.measured), n=worst.prompts,
+             at_least=.95, note=worst.name),
+        Goal("exchange", "at once: looking and telling in a cycle, in target steps", float(np.median(share)),
+             **_quarters(share), n=len(share), unit="", at_most=.05, note="over all drafters"),
+        Goal("at_once_cost", "at once: measured speedup over what the cost model foretells", best.ratio, n=best.prompts,
+             at_least=.85, at_most=1.15, note=best.name)]
+
+def goal_of_batches(found)->Goal: # `BatchRun`
+    "Does the fit foretell what batches pay?"
+    ratios = [r.ratio for r in found.rows]
+    span = f"from {min(ratios):.2f} to {max(ratios):.2f} at batches {found.batches}; every one must lie inside"
+    return Goal("batches", "batches: foretold speedup over the measured one", float(np.median(ratios)),
+                **_quarters(ratios), n=len(ratios), at_least=.9, at_most=1.1,
+                met=all(.9 <= q <= 1.1 for q in ratios), note=span)
+
+def goals_beside(b, c)->list: # of a `Comparison`
+    "The same drafters at once, and the fastest of them in batches"
+    b.tick()
+    pair, gathered, made = c.made
+    names = [k for k in made if made[k].remote][-2 if b.quick else 0:]
+    gammas = {k: max((r for r in c.rows if r.name == k), key=lambda r: r.measured.value).gamma for k in names}
+    asked = asked_of(pair, gathered.clips, gathered.questions)[:2 if b.quick else 24]
+    how = Procedure(threads=b.threads, seed=b.seed)
+    once = at_once(pair, asked, {k: made[k] for k in names}, gammas, None, how, b.progress)
+    b.tick()
+    many = run_batches(c, Load((1, 2), 4) if b.quick else Load(), how, b.scratch/"batches", b.progress, lambda *_: None)
+    return [*goals_at_once(once), goal_of_batches(many)]
 
 # %% ../nbs/08b_token_goals.ipynb #cell011
 @bench(16, 4)

@@ -65,8 +65,9 @@ class Checks:
         self.m, self.clips = m, (a_clip(1, 40, 48), a_clip(2, 48, 64))
         self.ps = [*m.encode_all(self.clips[0], QUESTIONS), m.encode(self.clips[1], QUESTIONS[0])]
         self.own = [m.theirs(p, N) for p in self.ps]
-        self.more = torch.randint(97, 122, (3, 8), generator=torch.Generator().manual_seed(3))
+        self.more = torch.randint(97, 122, (3, 8), generator=torch.Generator().manual_seed(3)).to(m.device)
 
+    def tensor(self, x): return torch.tensor(x, device=self.m.device)
     def logits(self, h): return self.m.head.logits(h)
     def whole(self, p, ids): # [n, V] the model's own logits of one forward, without a cache: which token follows each of ids
         inputs = {k: v for k, v in p.inputs.items() if k != "input_ids"}
@@ -112,7 +113,7 @@ class Checks:
             for state, ids in zip(states, said):
                 if ids and (ids[-1] in m.eos_ids): continue
                 ids.append(int(self.logits(state.h)[0].argmax()))
-                m.step(state, torch.tensor([ids[-1:]]))
+                m.step(state, self.tensor([ids[-1:]]))
             if k == 3: m.theirs(self.ps[0], 4)
         return equal(said, self.own[1:])
 
@@ -128,13 +129,13 @@ class Checks:
         state = m.prefill(self.ps)
         start = state.lengths
         m.step(state, more[:, :4])
-        m.rollback(state, start + torch.tensor([0, 3, 1]))
-        m.step(state, more[:, 4:7], torch.tensor([3, 0, 2]))
-        m.rollback(state, state.lengths - torch.tensor([1, 0, 0]))
+        m.rollback(state, start + self.tensor([0, 3, 1]))
+        m.step(state, more[:, 4:7], self.tensor([3, 0, 2]))
+        m.rollback(state, state.lengths - self.tensor([1, 0, 0]))
         h = self.logits(m.step(state, more[:, 7:8]))[:, 0]
         for b, kept in enumerate(([*more[0, 4:6]], [*more[1, :3]], [*more[2, :1], *more[2, 4:6]])):
             alone = m.prefill([self.ps[b]])
-            rows.append(self.logits(m.step(alone, torch.tensor([[*map(int, kept), int(more[b, 7])]])))[0, -1])
+            rows.append(self.logits(m.step(alone, self.tensor([[*map(int, kept), int(more[b, 7])]])))[0, -1])
         return far(h, torch.stack(rows))
 
     def ends(self):

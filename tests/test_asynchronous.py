@@ -2,10 +2,13 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +20,10 @@ from patience import HANG, gone, until
 from test_decode import EXACT, PATHS, TableDraft, TableTarget, distance, own_law
 
 from featsd.asynchronous import (
-    Coupled, Pace, Partner, Scribe, SharedNoise, ask_settings, asked_sampling, speculative_decode_async)
+    Coupled, Pace, Partner, Scribe, SharedNoise, ask_settings, asked_sampling, serve, speculative_decode_async)
 from featsd.base.core import FeatsdError
-from featsd.base.wire import Message, decode_message, encode_message
+from featsd.base.wire import (
+    Host, Link, Message, decode_message, encode_message, find_store, join_host, listen, open_store)
 from featsd.decode import (
     Cosine, Draft, EveryChoice, Greedy, Prompt, Sampled, Sampling, exact_law, plain_decode)
 
@@ -28,8 +32,8 @@ ASKED = Prompt(SimpleNamespace(clip_id="clip"), question="what?")
 
 
 class Eager(Pace):
-    "Takes what is there and never waits: which tokens are verified is the schedule's choice alone"
-    def choose(self, have, most, waited_ms=0.): return min(have, most), 0.
+    "Takes what is there: which tokens are verified is the schedule's choice alone"
+    def choose(self, have): return min(have, self.gamma)
 
 
 class Wire:
@@ -176,15 +180,18 @@ def test_a_drafter_behind_the_text_catches_up():
     assert side.text == words[:32]
 
 
-def test_pace_learns_when_to_wait():
+def test_pace_learns_what_to_verify():
     good, bad = Pace(15), Pace(15)
     for _ in range(200):
-        for p, n in ((good, 8), (bad, 0)):
-            p.verified(8, n, 10. + .4 * 8), p.verified(0, 0, 10.), p.drafted(1.)
-    assert good.choose(0, 15)[0] >= 8 and good.choose(0, 15)[1] > 0
-    assert bad.choose(0, 15) == (0, 0.) and bad.choose(8, 15) == (0, 0.)
-    assert abs(good.verify_ms(4) - 11.6) < .1 and Pace(5).choose(0, 5) == (0, 0.)
-    assert good.choose(0, 2)[0] <= 2 # no more than what is left
+        for p, n in ((good, 8), (bad, 0)): p.verified(8, n, 10. + .4 * 8), p.verified(0, 0, 10.)
+    assert [good.choose(k) for k in (0, 2, 15, 40)] == [0, 2, 15, 15]
+    assert bad.choose(0) == bad.choose(8) == 0
+    assert abs(good.verify_ms(4) - 11.6) < .1 and Pace(5).choose(3) == 3
+    for pace, ahead in ((good, 32), (bad, 4)): # who is never right writes little
+        partner = Partner(SimpleNamespace(link=None))
+        partner.pace = pace
+        partner.ask(7, Greedy(), 50)
+        assert partner.asked.ids[:2] == [50, ahead], pace.alpha
 
 
 def test_settings_cross_the_wire():
@@ -238,3 +245,48 @@ def test_nothing_is_left_when_the_target_is_killed(n):
         p.kill()
         p.wait()
         for pid in pids: until(lambda pid=pid: gone(pid))
+
+
+@pytest.mark.parametrize("slow", [(0., 0.), (1e5, 0.)])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_good_bye_is_heard_although_the_connection_closes_behind_it(slow, early):
+    "Then nobody looks for another life of a target that has ended"
+    ends = tcp_pair()
+    ends[0].slow(*slow)
+    if early: ends[0].close()
+    else: threading.Timer(.05, ends[0].close).start()
+    serve(Scribe([], lambda key: ASKED, ()), ends[1], HANG)
+    assert ends[1].dead == "good-bye"
+    ends[1].close()
+
+
+def tcp_pair():
+    door = listen()
+    far = socket.create_connection(door.getsockname())
+    near = door.accept()[0]
+    door.close()
+    return Link(near, 9), Link(far, 9)
+
+
+def test_what_has_come_is_there_although_python_never_lets_go():
+    "A busy thread that keeps the interpreter finds its mail: nothing of Python's has to run to put it there"
+    store, port = open_store()
+    who, words = {"vocabulary": 9}, [[1, 2], [3], [4, 5, 6]]
+    if (pid := os.fork()) == 0:
+        with suppress(BaseException):
+            link = join_host(find_store("127.0.0.1", port), who)
+            link.wait(HANG)
+            for ids in words: link.send(Message("draft", ids=ids))
+            link.wait(HANG)
+        os._exit(0)
+    host = Host(store, who)
+    until(lambda: host.link is not None)
+    link, found, before, end = host.link, [], sys.getswitchinterval(), time.monotonic() + HANG
+    try:
+        sys.setswitchinterval(2 * HANG)
+        link.send(Message("ask"))
+        while len(found) < len(words) and time.monotonic() < end: found += link.poll()
+    finally: sys.setswitchinterval(before)
+    host.close()
+    os.waitpid(pid, 0)
+    assert [m.ids for m in found] == words

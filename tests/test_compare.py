@@ -209,7 +209,8 @@ def test_words_that_win_are_said_to_win(monkeypatch):
 
 @pytest.mark.parametrize("event, own, says", [
     (.95, .5, "The second sensor pays."), (.5, .95, "The second sensor does not pay: the target's own states"),
-    (.8, .8, "The data does not say whether the second sensor pays.")])
+    (.8, .8, "The data does not say whether the second sensor pays: beside the own-state head it is not decided, as a "
+             "further input of that head it is not decided.")])
 def test_the_second_sensor_must_beat_the_targets_own_states(monkeypatch, event, own, says):
     synthetic(monkeypatch)
     made = {"words": lambda t: Guess(t, .2), "own": lambda t: Guess(t, own), "own+event": lambda t: Guess(t, event)}

@@ -23,6 +23,7 @@ from featsd.decode import (
     speculative_decode_batch)
 from featsd.drafters import AlignedDraft, Kit, make_drafter
 from featsd.extract import extract
+from featsd.fit import Calibrated
 from featsd.models.backbone import load_pair
 from featsd.models.lean import early_exit, lean
 from featsd.train import train_adapter
@@ -181,7 +182,9 @@ def kit(pair):
                   for k in ("own", "own+event"))
     tables = {q: NGramTable(a, tokenizer_hash=pair.target.tokenizer_hash) for q, a in known.items()}
     template = {q: template_ids(a) for q, a in known.items()}
-    return Kit(pair, adapter, tables, template, own=own, event=event)
+    even = [0., 1.], [0., 1.] # confidence taken at its word; where the table is unsure both experts are asked
+    choice = Calibrated(even, ([0., 1.], [.8, .8]), even, worth=2.)
+    return Kit(pair, adapter, tables, template, own=own, event=event, calibration=choice)
 
 
 @pytest.fixture(scope="module")

@@ -512,10 +512,11 @@ def test_answers_that_hold_html_are_shown_as_text(tmp_path, capsys):
 
 
 def test_pages_escape_text_and_figures(tmp_path):
-    from featsd.base.figures import Chart, Panel, Series, write_html
+    from featsd.base.figures import Chart, Panel, Series
+    from featsd.base.page import Figure, Page
     evil = f"{SCRIPT}</pre><img src=x onerror=alert(1)>"
     chart = Chart(evil, [Panel(evil, [Series(evil, [1, 2], [1., 2.], text=[evil, evil])], evil, evil)])
-    write_html(tmp_path/"p.html", evil, [evil, chart, chart.plotly()])
+    Page(evil, evil, [evil, Figure(chart, evil), Figure(chart.plotly(), evil)]).save(tmp_path/"p.html")
     page = (tmp_path/"p.html").read_text()
     assert SCRIPT not in page and "<img src=x" not in page
 

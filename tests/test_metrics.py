@@ -25,6 +25,7 @@ from featsd.data.store import StoreWriter, open_states
 from featsd.base.costs import SDConfig, TimingConfig
 from featsd.metrics import (
     Scores, accepts, compute_all_metrics_parallel, compute_per_position_stats, consecutive, curves)
+from featsd.measured import measure_to_folder
 from featsd.data.head import Head, RMSNorm
 
 SHARED = Path(os.environ.get("FEATSD_SHARED_DATA", Path(__file__).parents[2]/"shared"/"data"))
@@ -550,7 +551,7 @@ def test_to_a_folder_as_a_user_runs_it(stores, tmp_path):
     torch.manual_seed(0)
     adapter = create_adapter(1, D, bottleneck_dim=8)
     save_checkpoint(adapter, tmp_path/"best_model.pt")
-    N.measure_to_folder(tmp_path/"best_model.pt", stores[1], tmp_path/"out", stores[0], n_boot=30)
+    measure_to_folder(tmp_path/"best_model.pt", stores[1], tmp_path/"out", stores[0], n_boot=30)
     files = {p.name for p in (tmp_path/"out").iterdir()}
     pictures = {"metrics_summary", "position_accept", "cos_histogram", "centred_histogram", "frontier"}
     written = {"acceptance_metrics.json", "position_stats.json", "metrics.html", "report.txt"}
@@ -560,8 +561,8 @@ def test_to_a_folder_as_a_user_runs_it(stores, tmp_path):
     assert set(m["streams"]) == {"draft_forced", "draft_free"} and m["nulls"]
     assert m["cos_sim_mean"] == m["streams"]["draft_forced"]["cos_sim_mean"]
     page = (tmp_path/"out"/"metrics.html").read_text()
-    drawn = len([f for f in files if f.endswith(".png")])
-    assert page.count("plotly.js v") == 1 and "<script src=" not in page and page.count("Plotly.newPlot(") == drawn
+    assert page.count("plotly.js v") == 1 and "<script src=" not in page
+    assert page.count("<figure data-figure>") == 3 == page.count("Look at") + page.count("Move the threshold")
     report = (tmp_path/"out"/"report.txt").read_text()
     assert all(f"\n{k}. " in report for k in range(1, 9)) and "ridge regression" in report
     assert all((tmp_path/"out"/f).read_bytes()[:4] == b"\x89PNG" for f in files if f.endswith(".png"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'GREYS', 'WHITE_ON', 'DASHES', 'LIVE', 'STILL', 'PLOTLY', 'GREY', 'ink', 'Series', 'Panel', 'Chart',
-           'fit_labels', 'remember', 'live_figure', 'at_home', 'Shown', 'write_html', 'kept_chart', 'chart_of']
+           'fit_labels', 'remember', 'live_figure', 'at_home', 'Shown', 'kept_chart', 'chart_of']
 
 # %% ../../nbs/base/figures.ipynb #cell002
 import io
@@ -18,7 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .core import FeatsdError, atomic_write, plain_values
-from .tables import Table, bundle
+from .tables import bundle
 
 # %% ../../nbs/base/figures.ipynb #cell004
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442") # Okabe & Ito 2008
@@ -380,41 +380,13 @@ class Shown:
         forms = {STILL: still._still, "text/plain": lambda: repr(still)} # the widget is the live form
         return (widget[0] if isinstance(widget, tuple) else widget) | bundle(forms, include, exclude)
 
-# %% ../../nbs/base/figures.ipynb #cell022
-_PAGE = """body{font:15px sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}h1{overflow-wrap:anywhere}
-.figure{overflow-x:auto}pre{background:#f6f6f6;padding:1em;overflow-x:auto;font-size:12px}
-.prose{white-space:pre-wrap;overflow-wrap:anywhere}table{border-collapse:collapse;font-size:12px}
-caption{text-align:left;font-weight:bold}td,th{padding:2px 8px;text-align:right;white-space:nowrap}
-thead{border-bottom:1px solid}"""
-
-def _block(i, part):
-    "One part of a page, in a box that scrolls by itself"
-    if isinstance(part, Table): return f"<div class='figure'>{part.html()}</div>"
-    if isinstance(part, str): # columns are set with spaces; prose may wrap
-        return f"<pre{'' if '  ' in part else ' class=prose'}>{escape(part)}</pre>"
-    fig = part.plotly() if isinstance(part, Chart) else part
-    inside = fig.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure{i}", config=PLOTLY)
-    wide = max(600, 350 * (fig.layout.meta or {}).get("columns", 1))
-    return f"<div class='figure'><div style='min-width:{wide}px'>{inside}</div></div>"
-
-def write_html(path, title, parts, # list of text (shown as it is, monospaced), charts, tables and plotly figures
-              ):
-    "One self-contained page: figures stay interactive without a network"
-    from plotly.offline import get_plotlyjs
-    head = ("<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-            "<meta name='viewport' content='width=device-width'>"
-            f"<title>{escape(title)}</title><style>{_PAGE}</style><script>{get_plotlyjs()}</script></head>")
-    blocks = "\n".join(_block(i, p) for i, p in enumerate(parts))
-    body = f"<body><h1>{escape(title)}</h1>\n{blocks}\n</body></html>\n"
-    with atomic_write(path, "w") as f: f.write(head + body)
-
 # %% ../../nbs/base/figures.ipynb #savechart
 @patch
 def save(self:Chart, path):
     "By its suffix: .png or .svg by matplotlib, .html (works offline) or .json by plotly; whole or not at all"
     path, buffer = Path(path), io.BytesIO()
-    if path.suffix == ".html": return write_html(path, self.title, [self])
     if path.suffix == ".png": data = self.png()
+    elif path.suffix == ".html": data = self.plotly().to_html(config=PLOTLY, div_id="figure").encode()
     elif path.suffix == ".json": data = self.plotly().to_json().encode()
     elif path.suffix == ".svg":
         from matplotlib import rc_context

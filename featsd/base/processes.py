@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'WATCHED', 'Launch', 'this_launch', 'asked_processes', 'start_all', 'free_port', 'die_with_parent',
-           'supervise', 'Claims', 'heartbeat_file', 'read_heartbeat', 'Heartbeat', 'Watcher', 'watch', 'Stopped',
-           'stop_on_signals']
+           'supervise', 'lanes', 'part_of', 'side_by_side', 'Claims', 'heartbeat_file', 'read_heartbeat', 'Heartbeat',
+           'Watcher', 'watch', 'Stopped', 'stop_on_signals']
 
 # %% ../../nbs/base/processes.ipynb #cell002
 import contextlib
@@ -19,8 +19,10 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import uuid
 from contextlib import ContextDecorator
 from dataclasses import dataclass
@@ -137,6 +139,56 @@ def supervise(argv, n:int, # processes
     log.error(f"process {r} of {n} (pid {p.pid}) {how}, the others were stopped; what is done is safe, "
               "run the same command again (training: with --resume)")
     return 128 - p.returncode if p.returncode < 0 else p.returncode
+
+# %% ../../nbs/base/processes.ipynb #lanes02
+def lanes()->int: # things that can run at once: 1 or 2
+    "How many `side_by_side` runs at once"
+    return min(2, len(os.sched_getaffinity(0))) if sys.platform == "linux" and this_launch().world == 1 else 1
+
+@contextlib.contextmanager
+def part_of(rank, world, group):
+    "Inside, this process is one of a launch; nothing changes where it is one of one"
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", GROUP)
+    before = {k: os.environ.get(k) for k in names}
+    if world > 1: os.environ.update(zip(names, (str(rank), str(world), str(rank), str(world), group), strict=True))
+    try: yield
+    finally:
+        for k, v in before.items():
+            if v is None: os.environ.pop(k, None)
+            else: os.environ[k] = v
+
+# %% ../../nbs/base/processes.ipynb #lanes03
+def _in_fork(job, out):
+    "In the child: do it, leave the result or what went wrong; never returns"
+    code = 1
+    try:
+        die_with_parent(signal.SIGKILL)
+        Path(out).write_text(json.dumps(job()), encoding="utf-8")
+        code = 0
+    except FeatsdError as e: Path(out).write_text(str(e), encoding="utf-8"); code = 2
+    except BaseException: traceback.print_exc()
+    finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+
+def side_by_side(*jobs)->list: # functions without arguments → what they return, which JSON can hold
+    "In a fork each, where there are cores for it; when one ends badly the others are stopped"
+    if lanes() < 2: return [job() for job in jobs]
+    with tempfile.TemporaryDirectory() as d:
+        crew, bad = {}, None
+        for k, job in enumerate(jobs):
+            if (pid := os.fork()) == 0: _in_fork(job, f"{d}/{k}")
+            crew[pid] = k
+        try:
+            while crew and bad is None:
+                time.sleep(.02)
+                for pid, status in [os.waitpid(pid, os.WNOHANG) for pid in crew]:
+                    if pid and (k := crew.pop(pid)) is not None and status: bad = k, os.waitstatus_to_exitcode(status)
+        finally:
+            for pid in crew: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        said = [Path(d, str(k)) for k in range(len(jobs))]
+        if bad is None: return [json.loads(f.read_text(encoding="utf-8")) for f in said]
+        if bad[1] == 2 and said[bad[0]].exists(): raise FeatsdError(said[bad[0]].read_text(encoding="utf-8"))
+        raise FeatsdError(f"one of {len(jobs)} processes ended with status {bad[1]}, its messages are above; what is "
+                          "done is safe, run the same command again")
 
 # %% ../../nbs/base/processes.ipynb #cell019
 class Claims:

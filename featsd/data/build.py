@@ -314,6 +314,7 @@ def probe_source(path)->Source:
     next(video_frames(path))
     return Source(path, "video", sequence, file_fingerprint(path))
 
+# %% ../../nbs/data/build.ipynb #built001
 @dataclass
 class Built:
     "What a build did"
@@ -322,6 +323,12 @@ class Built:
     made: int = 0 # written by this run
     sequences: int = 0
     skipped: list = field(default_factory=list) # (clip, reason), all sequences
+
+    def lines(self)->list: # for a terminal
+        sequences, left = f"{self.sequences} sequence{'s' * (self.sequences != 1)}", len(self.skipped) - 20
+        more = [f"  … and {left} more, listed in dataset.json"] if left > 0 else []
+        return [f"{self.clips} clips, {sequences} ({self.made} made now), {len(self.skipped)} skipped",
+                *(f"  skipped {clip}: {why}" for clip, why in self.skipped[:20]), *more, str(self.path)]
 
 # %% ../../nbs/data/build.ipynb #cell017
 @contextmanager

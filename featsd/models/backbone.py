@@ -26,7 +26,7 @@ from ..data.clips import read_clip
 from ..data.head import Head, RMSNorm, fitted_form
 from .align import Retold
 from .cache import (
-    State, columns_of, drop_columns, fresh_cache, grown_layers, keep_rows, move, record_past)
+    State, columns_of, drop_columns, fresh_cache, grown_layers, keep_rows, move, put_rows, record_past)
 from .checkpoint import check_question, local_folder, pair_paths, path_options, read_config
 
 # %% ../../nbs/models/backbone.ipynb #cell005
@@ -316,6 +316,13 @@ def rollback(self:Backbone, state:State, lengths, # [B] tokens to keep per row, 
 def select(self:Backbone, state:State, rows): # [B'] int64
     "Keep these rows: finished ones leave the batch"
     keep_rows(state, rows)
+
+@patch
+def put(self:Backbone, state, at, # numbers of rows that have ended
+        new)->State: # of `prefill`, as many rows
+    "Other prompts in the place of some rows: what a queue refills"
+    return put_rows(state, at, new)
+
 
 # %% ../../nbs/models/backbone.ipynb #penal001
 def penalised(z, # [B, V] logits

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['State', 'fresh_cache', 'recurrent_layers', 'record_past', 'columns_of', 'grown_layers', 'drop_columns',
-           'to_the_right', 'move', 'keep_rows', 'copied', 'put_back', 'merge']
+           'to_the_right', 'move', 'keep_rows', 'copied', 'put_back', 'merge', 'put_rows', 'drop_padding']
 
 # %% ../../nbs/models/cache.ipynb #cache02
 from dataclasses import dataclass, field
@@ -134,7 +134,7 @@ def put_back(cache, copies):
             for k, v in then.items(): now[k] = None if v is None else v.clone()
 
 # %% ../../nbs/models/cache.ipynb #cache16
-def _joined(parts, dim, side, value=0): # tensors [1, …] of different sizes at `dim` → [B, …]
+def _joined(parts, dim, side, value=0): # tensors [b, …] of different sizes at `dim` → [B, …]
     "Rows padded in front (or behind) to one size"
     most, out = max(p.shape[dim] for p in parts), []
     for p in parts:
@@ -146,7 +146,7 @@ def _joined(parts, dim, side, value=0): # tensors [1, …] of different sizes at
         out.append(p)
     return torch.cat(out, -2 if dim == -1 and parts[0].ndim > 2 else 0) # positions: [..., 1, T]
 
-def merge(states)->State: # of one row each
+def merge(states)->State: # of one row or more each
     "One batch of rows that end together"
     T = [s.position.shape[-1] for s in states]
     layers = [s.cache.layers for s in states]
@@ -161,10 +161,39 @@ def merge(states)->State: # of one row each
         for what in ("conv_states", "recurrent_states"):
             for k, v in getattr(first, what, {}).items():
                 if v is not None: getattr(first, what)[k] = torch.cat([getattr(x, what)[k] for x in same])
-    first, n = states[0], torch.tensor(T, device=states[0].position.device)
-    mask = None if len(set(T)) == 1 else torch.arange(max(T), device=n.device) >= (max(T) - n)[:, None]
+    first = states[0]
+    told = [s.h.new_ones((len(s.h), t), dtype=torch.bool) if s.mask is None else s.mask
+            for s, t in zip(states, T, strict=True)]
+    mask = None if len(set(T)) == 1 and all(s.mask is None for s in states) else _joined(told, 1, "front")
     ids = None if first.ids is None else _joined([s.ids for s in states], 1, "front")
     more = {k: _joined([s.more[k] for s in states], -1, "front") if states[0].more[k].ndim == 2 else
             _joined([s.more[k] for s in states], 3, "front") for k in first.more}
     position, h = _joined([s.position for s in states], -1, "front"), torch.cat([s.h for s in states])
     return State(first.cache, position, h, mask, ids, more)
+
+# %% ../../nbs/models/cache.ipynb #cache18
+def put_rows(state, at, # numbers of rows that have ended
+             new, # `State` of as many rows
+            )->State: # both are used up
+    "Other sequences in the place of some rows"
+    order = list(range(len(state.h)))
+    for k, i in enumerate(at): order[i] = len(state.h) + k
+    both = merge([state, new])
+    both.grows = state.grows
+    keep_rows(both, torch.tensor(order, device=both.h.device))
+    drop_padding(both)
+    return both
+
+def drop_padding(state):
+    "Columns in front that are padding in every row"
+    if state.mask is None or state.more: return
+    T, lead = state.mask.shape[1], int(state.mask.any(0).int().argmax())
+    if not lead: return
+    for i in state.grows or ():
+        layer = state.cache.layers[i]
+        layer.keys, layer.values = layer.keys[..., lead - T:, :], layer.values[..., lead - T:, :]
+        if isinstance(getattr(layer, "cumulative_length", None), int): layer.cumulative_length -= lead
+    state.position, state.mask = state.position[..., lead:], state.mask[:, lead:]
+    if state.ids is not None: state.ids = state.ids[:, lead:]
+    if bool(state.mask.all()): state.mask = None
+
