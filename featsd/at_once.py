@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['simulate', 'Wires', 'AtOnceRow', 'cores', 'two_cores', 'Clocked', 'clock_at_once', 'whole_of', 'better_plain',
-           'costs_seen', 'at_once_row', 'AtOnce', 'events_of', 'at_once', 'processor', 'best_in_turn', 'run_at_once']
+           'costs_seen', 'at_once_row', 'AtOnce', 'events_of', 'at_once', 'best_in_turn', 'run_at_once']
 
 # %% ../nbs/06b_at_once.ipynb #once002
 import gc
 import os
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from .asynchronous import Pace, Partner, drafting_process, speculative_decode_async
-from .base.core import FeatsdError, lib_versions, plain_values, write_json
+from .base.core import FeatsdError, lib_versions, plain_values, processor, write_json
 from .base.figures import Chart, Panel, Series
 from .base.stats import Interval, clip_bootstrap
 from .base.tables import Column, Table
@@ -250,7 +249,7 @@ def chart(self:AtOnce)->Chart:
         for key in dict.fromkeys(map(label, some)):
             mine = sorted((r for r in some if label(r) == key), key=lambda r: r.rtt_ms)
             x = [r.rtt_ms for r in mine]
-            out.append(Series(key, x, *([getattr(r.measured, k) for r in mine] for k in ("value", "low", "high"))))
+            out.append(Series.of(key, x, [r.measured for r in mine]))
             out.append(Series(f"{key} (estimate)", x, [r.predicted for r in mine], null=True))
         return out
     axes, best = ("round trip (ms)", "speedup over the better plain decoding (ratio)"), self.best() or self.rows[0]
@@ -302,12 +301,6 @@ def at_once(pair, asked, drafters, gammas=None, # name → γ of the arm in turn
         done = clocked.arms["at once", best.name, (0., 0.)]
         found.example = events_of(sorted(done, key=lambda d: d.decode_ms)[len(done) // 2])
     return found
-
-# %% ../nbs/06b_at_once.ipynb #once020
-def processor()->str: # as the machine calls it
-    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError: lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 # %% ../nbs/06b_at_once.ipynb #once022
 @patch

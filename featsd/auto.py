@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .base.core import FeatsdError
 from .base.costs import verify_cost
 from .base.figures import Chart, Panel, Series
-from .base.stats import Interval
+from .base.stats import Interval, clip_draws
 from .base.tables import Column, Table
 from .data.answers import id_lists
 from .fit import Costs
@@ -223,9 +223,8 @@ def gain_of(times, # [answers] of one way
     group = np.unique(np.asarray(clips).astype(str), return_inverse=True)[1]
     mine = np.bincount(group, times)
     theirs = np.stack([np.bincount(group, f) for f in np.asarray(fixed).T], 1)
-    pick = np.random.default_rng(seed).multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=n)
-    low, high = np.quantile((pick @ theirs).min(1) / (pick @ mine), [.025, .975])
-    return Interval(float(theirs.sum(0).min() / mine.sum()), float(low), float(high), len(mine))
+    pick = clip_draws(len(mine), n, seed)
+    return Interval.of_draws(theirs.sum(0).min() / mine.sum(), (pick @ theirs).min(1) / (pick @ mine), len(mine))
 
 @patch
 def ways(self:Auto)->dict: # name → [answers] target steps

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .at_once import processor
-from .base.core import FeatsdError, at_least, lib_versions, plain_values, write_json
+from .base.core import FeatsdError, at_least, lib_versions, plain_values, processor, write_json
 from .base.figures import Chart, Panel, Series
-from .base.stats import Interval
+from .base.stats import Interval, clip_draws
 from .base.tables import Column, Table
 from .compare import OURS, gather
 from .decode import plain_decode
@@ -276,10 +275,9 @@ def by_clip(served, clips)->np.ndarray: # [clips, 2]: tokens, ms
 def speedup_of(plain, served, clips, n=1000, seed=0)->Interval:
     "Tokens per second over plain decoding's at the same batch; 95 % interval by clip"
     a, b = by_clip(served, clips), by_clip(plain, clips)
-    pick = np.random.default_rng(seed).multinomial(len(a), np.full(len(a), 1 / len(a)), size=n)
     ratio = lambda w: ((w @ a)[..., 0] / (w @ a)[..., 1]) / ((w @ b)[..., 0] / (w @ b)[..., 1])
-    low, high = np.nanquantile(ratio(pick), [.025, .975])
-    return Interval(float(ratio(np.ones(len(a)))), float(low), float(high), len(a))
+    draws = ratio(clip_draws(len(a), n, seed))
+    return Interval.of_draws(ratio(np.ones(len(a))), draws[~np.isnan(draws)], len(a)) # nan: only clips without a cycle
 
 def step_points(served, side, bins=4)->list: # (forwards, k, n, ms)
     "Medians of cycles of one size, in bins by the KV tokens read"
@@ -437,8 +435,8 @@ def chart(self:BatchRun)->Chart:
         steps.append(Series(f"{side}, fitted", x, line, colour=colour, text=said))
     for colour, g in enumerate(self.about["gammas"]):
         mine = [r for r in self.rows if r.gamma == g]
-        ends = ([getattr(r.measured, k) for r in mine] for k in ("value", "low", "high"))
-        speeds.append(Series(f"γ {g}, measured", [r.batch for r in mine], *ends, kind="points", colour=colour + 2))
+        speeds.append(Series.of(f"γ {g}, measured", [r.batch for r in mine], [r.measured for r in mine], kind="points",
+                                colour=colour + 2))
         every = list(range(min(self.batches), max(self.batches) + 1))
         speeds.append(Series(f"γ {g}, fitted", every, [m.speed(B, g) for B in every], colour=colour + 2))
     stop = m.stops_at(max(self.batches))

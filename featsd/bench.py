@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from .base.core import FeatsdError, at_least, lib_versions, plain_values, write_json
+from .base.core import FeatsdError, at_least, lib_versions, plain_values, processor, write_json
 from .base.processes import Stopped, stop_on_signals
 from .base.tables import Column, Table
 from .race import Watch, quiet_clock
@@ -194,14 +194,10 @@ def bench(*takes, **also): # of `Bench`
 # %% ../nbs/08_bench.ipynb #cell021
 def machine()->dict:
     "What the figures were measured on"
-    try:
-        lines = open("/proc/cpuinfo")
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
     try: memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError): memory = None
     load = [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": memory and round(memory / 1e9, 1),
+    return {"cpu": processor(), "cores": os.cpu_count(), "memory_gb": memory and round(memory / 1e9, 1),
             "system": f"{platform.system()} {platform.machine()}", "versions": lib_versions(), "load_before": load}
 
 @contextlib.contextmanager

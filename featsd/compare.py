@@ -329,8 +329,8 @@ def _bars(rows, name=lambda r: r.name)->list: # Series, one per kind
     out = []
     for kind, (side, null) in KIND_NAMES.items():
         if some := [r for r in rows if r.kind == kind]:
-            value, low, high = ([getattr(r.measured, k) for r in some] for k in ("value", "low", "high"))
-            out.append(Series(side, list(map(name, some)), value, low, high, [r.prompts for r in some], "hbar", null))
+            out.append(Series.of(side, list(map(name, some)), [r.measured for r in some],
+                                 n=[r.prompts for r in some], kind="hbar", null=null))
     return out
 
 @patch

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .base.core import FeatsdError, one_line, plain_values, write_json
 from .base.costs import expected_tau
-from .base.stats import Interval
+from .base.stats import Interval, clip_draws
 from .base.tables import Table
 from .traces import ArmSeen, Missing, interval_at, number_at, read_run, said_at
 
@@ -336,10 +336,8 @@ def gap_by_clip(counts, # [prompts, 4] accepted and tried, accepted and tried
     group = np.unique(clips, return_inverse=True)[1]
     sums = np.stack([np.bincount(group, c) for c in counts.T], 1) # [clips, 4]
     rates = lambda s: (s[..., 0] / np.maximum(s[..., 1], 1e-9), s[..., 2] / np.maximum(s[..., 3], 1e-9))
-    pick = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n) @ sums
-    (a, b), (many, others) = map(float, rates(sums.sum(0))), rates(pick)
-    low, high = map(float, np.quantile(many - others, [.025, .975]))
-    return Interval(a - b, low, high, len(sums)), (a, b)
+    (a, b), (many, others) = map(float, rates(sums.sum(0))), rates(clip_draws(len(sums), n, seed) @ sums)
+    return Interval.of_draws(a - b, many - others, len(sums)), (a, b)
 
 # %% ../nbs/07b_doctor.ipynb #doct0031b
 class LaunchBound(Diagnosis):

@@ -22,7 +22,7 @@ import torch
 from .adapters import copy_bandwidth
 from .base.core import FeatsdError, lib_versions
 from .base.costs import TimingConfig, expected_tau, speedup_bound, study_decode
-from .base.stats import Interval, clip_bootstrap
+from .base.stats import Interval, clip_bootstrap, clip_draws
 from .decode import Arm, encode_prompt, logits_along, plain_decode, run_arm, weights_of
 
 # %% ../nbs/05d_race.ipynb #race005
@@ -347,11 +347,10 @@ def advantage(a, b, # lists of ArmRow: each side's choices
     group, G = np.array([number.get(c, 0) for c in clips]), len(number)
     def sums(rows): return np.stack([np.bincount(group[where], np.asarray(r.ms)[where], G) for r in rows], 1)
     A, B = sums(a), sums(b) # [clips, rows]
-    pick = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=n)
+    pick = clip_draws(G, n, seed)
     ratio = (pick @ B).min(1) / (pick @ A).min(1)
     best_a, best_b = a[int(A.sum(0).argmin())], b[int(B.sum(0).argmin())]
-    low, high = np.quantile(ratio, [.025, .975])
-    found = Interval(float(B.sum(0).min() / A.sum(0).min()), float(low), float(high), G)
+    found = Interval.of_draws(B.sum(0).min() / A.sum(0).min(), ratio, G)
     return Advantage(best_a.label, best_b.label, found, float((ratio > 1).mean()))
 
 # %% ../nbs/05d_race.ipynb #race904x

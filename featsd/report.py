@@ -19,8 +19,7 @@ import torch
 from fastcore.basics import patch
 
 from .adapters import LEVELS, load_any_adapter
-from .at_once import processor
-from .base.core import FeatsdError, atomic_write, lib_versions, plain_values, read_json, write_json
+from .base.core import FeatsdError, atomic_write, lib_versions, plain_values, processor, read_json, write_json
 from .base.costs import (
     SDConfig, TimingConfig, chart_waterfall, clocks_of_study, study_waterfall, timing_of_study)
 from .base.figures import Chart, chart_of, kept_chart

@@ -40,7 +40,7 @@ class Wire:
     "Both ends in one process; `script` says how many steps the drafter does before each look, `order` what becomes of messages"
     def __init__(self, scribe, script, order=None):
         self.scribe, self.script, self.order = scribe, deque(script), order or (lambda new, old: new)
-        self.dead, self.heard_at, self.fresh, self.old, self.link = "", 0., [], [], self
+        self.dead, self.fresh, self.old, self.link = "", [], [], self
     def send(self, m): self.scribe.hear(m)
     def poll(self):
         for _ in range(self.script.popleft() if self.script else 0):

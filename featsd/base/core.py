@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'FeatsdError', 'one_line', 'show_log', 'say_once', 'command', 'home', 'atomic_write', 'sync_folder',
            'write_json', 'parse_json', 'read_json', 'check_writable', 'check_file', 'plain_values', 'sha256_file',
-           'lib_versions', 'safe_name', 'at_least', 'settings_of', 'parse_value', 'parse_options', 'path_list',
-           'study_file', 'slack']
+           'lib_versions', 'processor', 'safe_name', 'at_least', 'settings_of', 'parse_value', 'parse_options',
+           'path_list', 'study_file', 'slack']
 
 # %% ../../nbs/base/core.ipynb #cell002
 import hashlib
@@ -178,6 +178,13 @@ def lib_versions():
         try: out[lib] = version(lib)
         except PackageNotFoundError: out[lib] = "not installed"
     return out
+
+def processor()->str:
+    "What the machine calls its processor"
+    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError: lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 # %% ../../nbs/base/core.ipynb #cell023
 def safe_name(name, what):

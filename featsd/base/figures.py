@@ -47,6 +47,11 @@ class Series:
     text: list = None  # shown on bars, and in the hover of lines
     labels: list = None # shown beside points of a line; "" for none
 
+    @classmethod
+    def of(cls, name, x, intervals, **more): # list of `Interval`
+        "Measured values with their intervals"
+        return cls(name, x, *([getattr(i, k) for i in intervals] for k in ("value", "low", "high")), **more)
+
 @dataclass
 class Panel:
     "One pair of axes, with units in its labels"

@@ -85,7 +85,7 @@ class Link:
     def __init__(self, sock, # connected
                  vocabulary:int): # as for `decode_message`
         self.sock, self.vocabulary = sock, vocabulary
-        self.dead, self.sent, self.came, self.heard_at = "", 0, 0, time.monotonic() # why; bytes; bytes; last message
+        self.dead, self.sent, self.came = "", 0, 0 # why; bytes; bytes
         self.unread, self.unsent, self.inbox = bytearray(), bytearray(), deque()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -119,7 +119,7 @@ def take(self:Link):
         while len(self.unread) >= BYTES:
             m = decode_message(self.unread[:BYTES], self.vocabulary)
             del self.unread[:BYTES]
-            self.came, self.heard_at = self.came + BYTES, time.monotonic()
+            self.came += BYTES
             self.inbox.append((m.go_ns if self.back.open else self.back.arrival(m.stop_ns), m))
     except FeatsdError as e: self.end(str(e))
 
