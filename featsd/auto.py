@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Hedge', 'hedge_rate', 'Track', 'track_of', 'cycle_cost', 'along', 'Choice', 'tracks_of_opinions', 'tracks_of_words',
-           'verify_of', 'Auto', 'checked_tracks', 'replay_auto', 'plain_track', 'learn', 'gain_of']
+           'verify_of', 'Auto', 'checked_tracks', 'replay_auto', 'plain_track', 'learn', 'gain_of', 'replay_measured',
+           'auto_section']
 
 # %% ../nbs/06d_auto.ipynb #auto0002
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from fastcore.basics import patch
 from .base.core import FeatsdError
 from .base.costs import verify_cost
 from .base.figures import Chart, Panel, Series
+from .base.page import Figure, Section
 from .base.stats import Interval, clip_draws
 from .base.tables import Column, Table
+from .compare import OURS
 from .data.answers import id_lists
 from .fit import Costs
 from .models.words import NGramTable, propose_constant, template_ids
@@ -273,11 +276,44 @@ def by_question(self:Auto)->Table:
     return Table("Speedup over plain decoding, by question (estimates from recorded answers)", columns, rows)
 
 @patch
-def chart(self:Auto, points=200)->Chart:
+def chart(self:Auto, x_label="tokens decoded", points=200)->Chart:
     "Regret along the log"
     series = []
     for name, path in self.paths.items():
         x = np.unique(np.linspace(0, len(path) - 1, points).astype(int))
         series.append(Series(name, (x + 1).tolist(), path[x].tolist()))
-    panel = Panel("", series, "tokens decoded", "regret (target steps)", marks=[("y", 0, "best fixed")])
+    panel = Panel("", series, x_label, "regret (target steps)", marks=[("y", 0, "best fixed")])
     return Chart("What choosing has cost more than the best fixed choice, known only in hindsight", [panel])
+
+# %% ../nbs/06d_auto.ipynb #auto032a
+def replay_measured(result, # Comparison
+                    seed=0)->Auto:
+    "Every arm that `result` has measured, and a learner that chooses one for each answer"
+    rows, plain = [r for r in result.of(*OURS) if r.name != "auto"], np.asarray(result.plain_ms, dtype=float)
+    step, rng = result.about["target_token_ms"], np.random.default_rng(seed)
+    times = np.stack([plain, *(np.asarray(r.ms, dtype=float) for r in rows)], 1) / step # [answers, choices]
+    out = Auto([Choice("plain", 0), *(Choice(r.name, r.gamma) for r in rows)], times, {}, plain / step,
+               list(result.clips), list(result.questions), about="Chosen for each answer, by this run's own times")
+    hedge, spent = Hedge(len(out.choices)), []
+    for t in times:
+        spent.append(t[rng.choice(len(t), p=hedge.weights())])
+        hedge.update(t)
+    out.learned["learner"] = np.array(spent)
+    out.paths["learner"] = np.cumsum(spent) - times[:, out.best()].cumsum()
+    return out
+
+def auto_section(result)->Section | None: # None where `auto` did not take part
+    "What choosing while decoding has given in a comparison: part of its page"
+    mine, fixed = result.of(*OURS, name="auto"), [r for r in result.of(*OURS) if r.name != "auto"]
+    if not mine or not fixed: return None
+    clock, learner = result.advantage(mine, fixed), replay_measured(result)
+    gain, best = learner.gains()["learner"], learner.choices[learner.best()]
+    chosen = ("Choosing at every token pays." if clock.ratio.low > 1 else
+              "Choosing at every token does not pay." if clock.ratio.high < 1 else
+              "Whether choosing at every token pays is not decided.")
+    said = ("Look at whether the curve flattens: then the learner has found the best choice, and what it lost by then "
+            f"is the price of not knowing it beforehand. Here the best fixed choice is {best}; over it the learner has "
+            f"{gain.value:.2f}x [{gain.low:.2f}, {gain.high:.2f}] (estimate from this run's own times).")
+    return Section("Choosing while decoding", [
+        f"By the clock: {clock}. {chosen}",
+        Figure(learner.chart("answers decoded"), said, "auto_regret"), learner.table()])

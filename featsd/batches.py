@@ -21,6 +21,7 @@ from fastcore.basics import patch
 
 from .base.core import FeatsdError, at_least, lib_versions, plain_values, processor, write_json
 from .base.figures import Chart, Panel, Series
+from .base.page import Figure, Folded, Section
 from .base.stats import Interval, clip_draws
 from .base.tables import Column, Table
 from .compare import OURS, gather
@@ -445,6 +446,23 @@ def chart(self:BatchRun)->Chart:
                  [Panel("what a cycle costs", steps, "tokens over all rows", "ms"),
                   Panel("what it pays", speeds, "answers at once", "speedup (ratio)", marks=marks)], 2, (6, 4))
 
+# %% ../nbs/06c_batches.ipynb #batch030a
+@patch
+def section(self:BatchRun)->Section:
+    "Its part of a comparison's page"
+    at, x = self.batches, lambda B: "{:.2f}x [{:.2f}, {:.2f}]".format(*self.best(B).measured[:3])
+    stop = self.model.stops_at(64 * max(at))
+    then = f"no γ pays from batch {stop} on" if stop else f"it pays at any batch up to {64 * max(at)}"
+    said = ("Look left at whether the points lie on their lines: a step costs the same however many tokens it holds, "
+            "until arithmetic is dear; right, at how fast the gain falls as the batch grows. Here the better γ gives "
+            + ", ".join(f"{x(B)} at batch {B}" for B in dict.fromkeys((at[0], at[-1]))) +
+            f"; by the fit (estimate) {then}.")
+    lines = self.verdict()
+    k = next(i for i, line in enumerate(lines) if line.startswith("The fit foretells")) + 1
+    return Section("Many answers at once: where it stops paying", [
+        *lines[:k], Figure(self.chart(), said, "batches"), self.table(),
+        Folded("What a step costs, and the schedule for a server", lines[k:])])
+
 # %% ../nbs/06c_batches.ipynb #batch031
 @patch
 def save(self:BatchRun, folder)->list: # names of the files
@@ -498,4 +516,5 @@ def run_batches(result, # of `run_comparison`: its models, clips and drafters go
     found = batches(pair, some, made[best.name], drafting_of(result, best.name), gammas, load, how, progress, best.name)
     say(f"{found.table()}\n\n" + "\n".join(found.verdict()))
     found.save(out)
+    result.add(found.section(), out)
     return found

@@ -36,7 +36,7 @@ def watched(store, max_restarts):
 @call_parse
 @command
 def featsd_extract(
-    dataset_dir:str="pocket", # data set folder, or "pocket" for the built-in world
+    dataset_dir:str="pocket", # data set folder, "pocket" for the built-in world, or a JSONL file of prompts
     output_dir:str="hidden_states", # where the store is written
     max_samples:int=-1, # clips, -1 = all (1,000 of the built-in world)
     max_questions:int=10, # questions per clip
@@ -110,7 +110,7 @@ NO_STORE = "expected a store, found none"
 def trained(flags): # of `featsd_train`
     "One run a level, and the table of them"
     settings = {k: v for k, v in flags.items() if k not in ("train_data", "val_data", "adapter_level")}
-    settings["vlm_only"] = flags["vlm_only"] or None
+    settings |= {k: flags[k] or None for k in ("vlm_only", "cross")}
     from featsd.base.processes import this_launch
     from featsd.train import comparison_table, train_levels
     if not flags["train_data"]:
@@ -140,8 +140,10 @@ def featsd_train(
     inner_dim:int=None, # own: width of its layers; default the target's
     steps:int=None, # own: how many of its own outputs it learns to go on from
     vlm_only:store_true=False, # level 5 on the target's own states: the study's B1
+    cross:store_true=False, # own+event: the draft's states ask, the target's own past answers
     # mse_cos, mse, cos; through the head ce, kl, tv, nla; or a sum: "kl+.1*mse_cos"; default by level
     loss:str=None,
+    short_list:int=0, # losses through the head read its rows of the N most frequent tokens alone; 0: all
     stream:str=None, # draft_forced or draft_free: whose states are read; default forced, where the data has it
     causal:bool=True, # L4 that sees the future, as the study's did, and cannot decode
     residual:str="identity", # identity, or linear: a full projection in place of the skip
@@ -214,15 +216,15 @@ def featsd_timeline(
     given = dict(metrics=None if metrics is None else read_json(metrics), gamma=gamma, n_out=n_out)
     if timing is not None: run_timeline(output_dir, read_timing(timing), **given)
     else:
-        from featsd.data.clips import open_clips, shown_to
+        from featsd.data.clips import first_questions, open_clips, shown_to
         from featsd.fit import adapter_of
         from featsd.models.backbone import clips_seen, load_pair
         check_writable(output_dir, "timing.json", "plan.json")
         data, models = open_clips(dataset_dir, "test", clips), load_pair(pair, quant=quant)
-        data = shown_to(data, models.target, models.draft)
+        data, asked = shown_to(data, models.target, models.draft), first_questions(data, questions)
         adapter = None if checkpoint is None else adapter_of(checkpoint, models)
         seen = clips_seen(data, models.target, models.draft)
-        measured = measure_stages(models, seen, data.questions[:questions], adapter, runs=runs)
+        measured = measure_stages(models, seen, asked, adapter, runs=runs)
         run_timeline(output_dir, measured, **given)
     print(output_dir)
 
@@ -342,9 +344,9 @@ def featsd_decode(
     clip:int=0, # index of the clip
     question:str="0", # index of the question, or its text
     # null, oracle, adversarial, raw, standard, lookup, template, ngram, aligned, free, two-phase, fused, gated, own,
-    # own+event, fused-own, gated-own, auto; several joined by "+" make a cascade
+    # own+event, fused-own, gated-own, fused-event, gated-event, auto; several joined by "+" make a cascade
     drafter:str="standard",
-    adapter:str=None, # checkpoints of featsd_train, commas between, for aligned to gated-own
+    adapter:str=None, # checkpoints of featsd_train, commas between, for aligned to gated-event
     # training answers for ngram, template, fused, gated: a store folder, a log of answers, or an n-gram table
     words:str=None,
     val:str=None, # store of validation clips: fits the weights of fused, the gate of gated, all that auto chooses by
@@ -373,22 +375,23 @@ def featsd_decode(
 def compared(flags): # of `featsd_compare`
     "One comparison per number of threads; their folders"
     from featsd.at_once import Wires, run_at_once
+    from featsd.auto import auto_section
     from featsd.batches import Load, pair_with_room, run_batches
     from featsd.compare import Fitting, HeldOut, Procedure, run_comparison
-    out, gammas, counts = flags["out"], numbers(flags["gammas"], "gammas"), numbers(flags["threads"], "threads")
+    out, depths = flags["out"], numbers(flags["draft_layers"], "draft_layers") or None
+    gammas, counts = (numbers(flags[k], k) for k in ("gammas", "threads"))
     load = Load(numbers(flags["batches"], "batches")) if flags["batches"] else None
-    depths = numbers(flags["draft_layers"], "draft_layers") or None
     wires = Wires.asked(flags["asynchronous"], *(numbers(flags[k], k, float) for k in ("rtt", "mbit")))
     held_out = HeldOut(**picked(flags, "dataset_dir", "split", "clips", "questions", "duration"))
-    fitting = Fitting(adapters=path_list(flags["adapter"]), draft_layers=depths, cache=out, **picked(
-        flags, "words", "val", "word_clips", "val_clips", "batch_clips", "dynamic"))
-    same = dict(drafters=parts(flags["drafters"]) or None, held_out=held_out, fitting=fitting,
-                **picked(flags, "pair", "quant", "wrong_clip"))
+    learned = picked(flags, "words", "val", "word_clips", "val_clips", "batch_clips", "dynamic", "short_list")
+    fitting = Fitting(path_list(flags["adapter"]), depths, cache=out, **learned)
+    same = picked(flags, "pair", "quant", "wrong_clip") | {"drafters": parts(flags["drafters"]) or None}
     timed = picked(flags, "max_new_tokens", "seed", "plain_runs", "transformers")
     if load: same["pair"] = pair_with_room(flags["pair"], load, Procedure(gammas, **timed), held_out, flags["quant"])
     for n in counts or [1]:
-        folder = out if len(counts) < 2 else f"{out}/threads_{n}"
-        result = run_comparison(**same, how=(how := Procedure(gammas=gammas, threads=n, **timed)), out=folder)
+        folder, how = out if len(counts) < 2 else f"{out}/threads_{n}", Procedure(gammas, threads=n, **timed)
+        result = run_comparison(**same, held_out=held_out, fitting=fitting, how=how, out=folder)
+        if (chosen := auto_section(result)) is not None: result.add(chosen, folder)
         if wires: run_at_once(result, how, wires, folder)
         if load: run_batches(result, load, how, folder)
         yield folder
@@ -398,15 +401,14 @@ def compared(flags): # of `featsd_compare`
 @command
 def featsd_compare(
     pair:str="pocket", # "pocket", or draft=FOLDER,target=FOLDER
-    # checkpoints (best_model.pt of featsd_train), commas between; PATH@2 was trained on the draft's first 2 layers
-    adapter:str="",
+    adapter:str="", # checkpoints of featsd_train, commas between; PATH@2 was trained on the draft's first 2 layers
     drafters:str="", # names, commas between, "a+b" is a cascade; default: all that the given adapters allow
     clips:int=40, # held-out clips
     questions:int=3, # questions per clip
     gammas:str="1,2,3,4,6,8", # drafted tokens per cycle
     threads:str="1", # of torch; "1,2" compares twice, into DIR/threads_1 and DIR/threads_2
     out:str="comparison", # folder: compare.json, cycles.jsonl, report.txt, speedup.png, tree.png, compare.html
-    dataset_dir:str="pocket", # data set folder, or "pocket" for the built-in world
+    dataset_dir:str="pocket", # data set folder, "pocket" for the built-in world, or a JSONL file of prompts
     split:str="test", # whose clips are compared on
     duration:str=None, # of a data set folder's clips: 1s, 500ms, …; picks the subfolder
     quant:str="fp32", # how the models are loaded: 4bit, 8bit, fp16, bf16, fp32
@@ -416,6 +418,7 @@ def featsd_compare(
     val_clips:int=24, # validation clips
     draft_layers:str="", # depths of the draft to try, commas between; default: what each adapter was trained on
     dynamic:bool=True, # no variants that stop drafting where they are unsure
+    short_list:int=0, # also variants that read the target's head for its N most frequent tokens alone: 8192 of 49152
     wrong_clip:store_true=False, # also every drafter with states on another clip's events: what is left is language
     transformers:bool=True, # do not time transformers' generate
     asynchronous:store_true=False, # also both models at once, the draft in a process of its own: at_once.txt in DIR

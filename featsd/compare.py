@@ -30,7 +30,7 @@ from .models.backbone import load_pair
 from .models.lean import form_lines, lean
 from .race import (
     KINDS, Advantage, ArmRow, Procedure, advantage, arms_of, asked_of, beside_transformers, facts_of_run, interleave,
-    quiet_clock, rows_of)
+    quiet_clock, rows_of, said_beside)
 from .trees import tree_of
 
 # %% ../nbs/06_compare.ipynb #cell009
@@ -48,6 +48,7 @@ class Comparison:
     runs: list = field(repr=False, default_factory=list) # [rows][prompts] Run
     lines: list = field(default_factory=list) # what was done before, such as fitted settings
     made: tuple = field(repr=False, default=None) # of `run_comparison`: Pair, Gathered, {name: Drafter}, to go on with
+    more: list = field(repr=False, default_factory=list) # Sections of what ran behind it
     tree: object = None # `TreeBound`, where a drafter names its further choices
 
     def best(self, *kinds, key=None)->ArmRow | None: # None if there is none
@@ -114,7 +115,7 @@ def table(self:Comparison, best_only=False, # one row per drafter, at its best �
     if best_only:
         rows = [max((r for r in rows if r.name == n), key=lambda r: r.measured) for n in {r.name: 0 for r in rows}]
     forms = {"tau": ("τ", ".2f"), "alpha": ("α", ".2f"), "c": ("c", ".3f"), "v": ("v", ".2f"), "o": ("o", ".3f"),
-             "params": ("c′", ".2f"), "seed": ("seed", ".2f"), "iid": ("iid", ".2f"), "exact": ("exact", ".2f"),
+             "params": ("c′", ".2f"), "seed": ("study", ".2f"), "iid": ("iid", ".2f"), "exact": ("exact", ".2f"),
              "bound": ("bound", ".2f"), "measured": ("measured", ".2f"), "ratio": ("m/e", ".2f")}
     forms = {k: forms[k] for k in only or forms}
     columns = ["drafter", "γ", *(Column(*form) for form in forms.values()), Column("ids", left=False), "kind"]
@@ -128,6 +129,7 @@ def table(self:Comparison, best_only=False, # one row per drafter, at its best �
 def by_question(self:Comparison)->list: # {"question", "sensor", "null", "advantage"}
     "Per question: best drafter with states against best null, each at its own best γ there"
     out = []
+    if len(set(self.questions)) > 32: return out # each clip has its own
     for q in dict.fromkeys(self.questions):
         where = np.array([x == q for x in self.questions])
         a = self.advantage(self.of("sensor"), self.of("null"), where)
@@ -239,10 +241,7 @@ def _further(c)->list: # of a Comparison
         out.append(f"The draft's own tokens, unaligned: {100 * raw.alpha:.1f} % accepted, {_x(raw.measured)} at best.")
     if wins := [r["question"] for r in c.by_question() if r["advantage"].ratio.value < 1]:
         out.append(f"On {len(wins)} of {len(set(c.questions))} questions the best null wins: {'; '.join(wins)}.")
-    if hf := c.transformers:
-        out.append(f"transformers' generate, same model: {_x(hf['ratio'])} of plain decoding's speed here, "
-                   f"ids identical on {hf['identical']}/{c.about['prompts']} prompts.")
-    return out + ([c.tree.line()] if c.tree else [])
+    return out + said_beside(c.transformers, c.about["prompts"]) + ([c.tree.line()] if c.tree else [])
 
 @patch
 def verdict(self:Comparison)->list: # lines
@@ -267,7 +266,7 @@ def report(self:Comparison, full=True)->str:
 # %% ../nbs/06_compare.ipynb #cell018
 @patch
 def chart(self:Comparison)->Chart:
-    "Measured speedup by γ with intervals; bounds and nulls grey"
+    "Measured speedup by γ with intervals; nulls grey"
     a, curves, best = self.about, [], self.best(*OURS)
     for name in dict.fromkeys(r.name for r in self.rows if r.kind != "limit"):
         mine = [r for r in self.rows if r.name == name]
@@ -275,9 +274,6 @@ def chart(self:Comparison)->Chart:
         sensor, broken = mine[0].kind in ("sensor", "own"), any(r.broken for r in mine)
         curves.append(Series(name + " BROKEN" * broken, [r.gamma for r in mine], y, *([lo, hi] if sensor else []),
                              null=not sensor))
-    ends = [a["gammas"][0], a["gammas"][-1]]
-    for r in (self.best("sensor"), self.best("own"), self.best("null")):
-        if r and len(a["gammas"]) > 1: curves.append(Series(f"bound of {r.name}", ends, [r.bound] * 2, null=True))
     marks = [("y", 1, "no gain")] + ([] if best is None else [("x", best.gamma, f"γ = {best.gamma}")])
     title = f"Measured lossless speedup, {a['pair']}, {a['threads']} thread{'s' * (a['threads'] != 1)}"
     return Chart(title, [Panel("", curves, "γ, tokens drafted per cycle", "speedup (ratio)", marks=marks)], size=(7, 4))
@@ -326,12 +322,9 @@ def best_rows(self:Comparison)->list:
     return sorted(best, key=lambda r: (list(KIND_NAMES).index(r.kind), -r.measured.value))
 
 def _bars(rows, name=lambda r: r.name)->list: # Series, one per kind
-    out = []
-    for kind, (side, null) in KIND_NAMES.items():
-        if some := [r for r in rows if r.kind == kind]:
-            out.append(Series.of(side, list(map(name, some)), [r.measured for r in some],
-                                 n=[r.prompts for r in some], kind="hbar", null=null))
-    return out
+    kinds = ((side, null, [r for r in rows if r.kind == kind]) for kind, (side, null) in KIND_NAMES.items())
+    return [Series.of(side, list(map(name, some)), [r.measured for r in some], n=[r.prompts for r in some], kind="hbar",
+                      null=null) for side, null, some in kinds if some]
 
 @patch
 def bars(self:Comparison)->Chart:
@@ -366,8 +359,7 @@ def _cost_chart(c, gamma)->Chart: # of a Comparison
 def by_gamma(self:Comparison)->Sliding | Chart:
     "Speed and cost at every γ that ran, with a slider"
     charts = {str(g): _cost_chart(self, g) for g in dict.fromkeys(r.gamma for r in self.rows)}
-    best = self.best(*OURS)
-    start = str(best.gamma) if best else next(iter(charts))
+    start = str(best.gamma) if (best := self.best(*OURS)) else next(iter(charts))
     return Sliding("γ", charts, start) if len(charts) > 1 else charts[start]
 
 @patch
@@ -385,7 +377,7 @@ COLUMN_WORDS = Terms({
     "α": "share of the guesses that were reached and stood",
     "c, v, o": "what a guess, a verification and the rest of a cycle cost, in steps of the target",
     "c′": "weights read for a guess over those read for a step of the target",
-    "seed, iid, exact, bound": "estimates: the founding study's formula, the law of independent guesses, the measured "
+    "study, iid, exact, bound": "estimates: the founding study's formula, the law of independent guesses, the measured "
                                "acceptance curve, and the most this drafter could pay at any γ",
     "measured": "the wall clock's speedup of decoding over plain decoding on the same prompts",
     "m/e": "measured over exact: 1 where the model of cost explains the clock",
@@ -416,9 +408,8 @@ def _caption_gamma(c):
     off = sum(not .9 <= r.ratio <= 1.1 for r in c.rows)
     held = ("it does, within a tenth, for every drafter and γ" if not off else
             f"it does not, by more than a tenth, on {off} of {len(c.rows)} rows")
-    return ("Move γ. " * (len({r.gamma for r in c.rows}) > 1) + "Right, the length of a bar is what a cycle costs, "
-            "the tick what it brings; tick over length is "
-            f"the speedup, and the clock on the left should agree: {held}. More guesses are dearer to make and to "
+    return ("Right, the length of a bar is what a cycle costs, the tick what it brings; tick over length is the "
+            f"speedup, and the clock on the left should agree: {held}. More guesses are dearer to make and to "
             "verify, and the late ones stand less often.")
 
 # %% ../nbs/06_compare.ipynb #cmpage06
@@ -432,7 +423,7 @@ def sections(self:Comparison)->dict: # "pays" | "why" | "run" → parts
     asked = [t for t in [self.question_table()] if len(set(self.questions)) > 1 and t.rows]
     low, high = (f(r.measured.value for r in self.rows if r.kind in KIND_NAMES) for f in (min, max))
     by_gamma = ("Look for the γ at which a curve is highest, and whether its band leaves 1. Here the drafters reach "
-                f"from {low:.2f}x to {high:.2f}x; grey curves are baselines and bounds.")
+                f"from {low:.2f}x to {high:.2f}x; grey curves are baselines.")
     return {"pays": [*_recommended(self), *_further(self), Figure(self.chart(), by_gamma, "speedup_measured"), *asked,
                      "Who ran, in a line each:", _met(self)],
             "why": [Figure(self.stands(), _caption_stands(self), "guesses_that_stand"),
@@ -454,8 +445,14 @@ def page(self:Comparison)->Page:
     "All of it"
     s = self.sections()
     return Page(f"Does guessing ahead pay on the pair {self.about['pair']}?", self.answer(), self.first_screen(), [
-        Section("Does it pay?", s["pays"]), Section("Why: what stands, and what it costs", s["why"]),
+        Section("Does it pay?", s["pays"]), Section("Why: what stands, and what it costs", s["why"]), *self.more,
         Section("The run", s["run"])])
+
+@patch
+def add(self:Comparison, section, folder):
+    "What ran behind it has its place on the page too"
+    self.more.append(section)
+    self.page().save(Path(folder)/"compare.html")
 
 # %% ../nbs/06_compare.ipynb #cell019
 @patch
@@ -508,6 +505,7 @@ def checked_names(drafters, held_out, fitting, how, wrong_clip=False)->list:
     for g in how.gammas: check_decoding(g, how.max_new_tokens)
     at_least(1, clips=held_out.clips, questions=held_out.questions, threads=how.threads, plain_runs=how.plain_runs,
              batch_clips=fitting.batch_clips)
+    at_least(0, short_list=fitting.short_list)
     if not how.gammas: raise FeatsdError("--gammas: expected at least one γ, found none; give for example 1,2,4")
     have = {field_of(a) for a, _ in adapters_of(fitting.adapters).values()}
     lacks = lambda needs: {"adapter", "own", "event"} & set(needs) - have
@@ -542,7 +540,7 @@ def run_comparison(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLD
     kit = ingredients(pair, names, gathered, fitting, how.max_new_tokens, quant, progress)
     with quiet_clock(how.threads):
         made, lines = build_drafters(names, pair, kit.adapters, kit.tables, kit.templates, kit.val, kit.prompts,
-                                     fitting.dynamic, how.max_new_tokens)
+                                     fitting.dynamic, how.max_new_tokens, kit.short)
     blind = [n for n, d in made.items() if d.kind == "sensor"] if wrong_clip else []
     result = compare(pair, gathered.clips, made, gathered.questions, how, blind, progress)
     result.lines, result.made = form_lines(pair) + gathered.notes + kit.notes + lines, (pair, gathered, made)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .base.core import FeatsdError, lib_versions, write_json
+from .data.prompts import worded
 from .models.align import Retold
 from .models.backbone import Prefix
 
@@ -35,9 +36,8 @@ def encode_prompt(pair, clip, question:str,
                   draft_clip=None, # another clip for the draft's sensor: what is left is language
                  )->Prompt:
     "What both sensors of a pair make of a clip and a question"
-    seen = clip if draft_clip is None else draft_clip
-    ids = list(pair.target.prompt(question)[1])
-    return Prompt(pair.target.encode(clip, question), pair.draft.encode(seen, question), question, ids)
+    ids = list(pair.target.prompt(worded(clip, question))[1])
+    return Prompt(pair.target.encode(clip, question), pair.draft.encode(draft_clip or clip, question), question, ids)
 
 @dataclass
 class Draft:

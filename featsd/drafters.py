@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAID', 'NGramDraft', 'TemplateDraft', 'PromptLookupDraft', 'Reader', 'asked_draft', 'AlignedDraft', 'check_models',
            'check_adapter', 'StandardDraft', 'OwnState', 'check_own', 'OwnDraft', 'OwnEventDraft', 'RawDraft',
-           'FreeRunDraft', 'TwoPhaseDraft', 'FusedDraft', 'GatedDraft', 'FusedOwnDraft', 'GatedOwnDraft', 'Cascade',
-           'field_of', 'Kit', 'make_drafter', 'check_table']
+           'FreeRunDraft', 'TwoPhaseDraft', 'FusedDraft', 'GatedDraft', 'FusedOwnDraft', 'GatedOwnDraft',
+           'FusedEventDraft', 'GatedEventDraft', 'Cascade', 'field_of', 'Kit', 'make_drafter', 'check_table']
 
 # %% ../nbs/05a_drafters.ipynb #cell002
 from dataclasses import dataclass
@@ -142,6 +142,7 @@ class AlignedDraft(Drafter):
                  shared_vocab=None, # ids below this mean the same piece to both models
                  min_confidence=0.): # stop drafting under this top-1 probability
         self.adapter, self.head, self.min_confidence = adapter and adapter.eval(), head, min_confidence
+        self.read_head = head # or some of its rows
         self.shared = None if shared_vocab is None or shared_vocab >= head.vocab_size else shared_vocab
         self.read_with(model)
         self.states = False # True: hand the aligned states over, for the lossy mode
@@ -150,7 +151,10 @@ class AlignedDraft(Drafter):
         check_adapter(self.adapter, model, self.head)
         looks_back = self.adapter is not None and self.adapter.looks_back
         self.reader = Reader(model, self.adapter if looks_back else None)
-        self.law = self.head.logits if self.adapter is None or looks_back else self.adapter.folded(self.head)
+        self.law = self.through(self.head)
+
+    def through(self, head): # function of what `at` gave → logits of a head
+        return head.logits if self.adapter is None or self.reader.adapter is not None else self.adapter.folded(head)
 
     @classmethod
     def make(cls, kit):
@@ -158,7 +162,7 @@ class AlignedDraft(Drafter):
 
     @property
     def calls(self): return self.reader.calls
-    def weights_read(self): return weights_of(self.reader.model, self.head, self.adapter)
+    def weights_read(self): return weights_of(self.reader.model, self.read_head, self.adapter)
     def state_of(self, h): # [1, D] what `at` gave → the aligned state
         return h if self.adapter is None or self.reader.adapter is not None else self.adapter(h[None])[0]
 
@@ -252,6 +256,18 @@ class StandardDraft(AlignedDraft):
         self.reader.at(self.ids) # then its own next words, through text
         return Draft(self.reader.model.go_on(self.reader.state, gamma))
 
+# %% ../nbs/05a_drafters.ipynb #shrtl002
+@patch
+def shorten(self:AlignedDraft, ids:Tensor): # int64 [n], each once; see `frequent_ids`
+    "Read only these rows of the head from now on"
+    self.read_head = self.head.restricted(ids)
+    law, ids = self.through(self.read_head), ids.to(self.read_head.lm_head.weight.device)
+    def spread(h): # [K, D] → [K, V]
+        z = law(h)
+        return z.new_full((*z.shape[:-1], self.head.vocab_size), -torch.inf).index_copy(-1, ids, z)
+    self.law = spread
+    return self
+
 # %% ../nbs/05a_drafters.ipynb #ownd0004
 class OwnState:
     "What makes a drafter of aligned states one of the target's own states"
@@ -261,13 +277,16 @@ class OwnState:
         self.reader = OwnReader(self.adapter, self.head, model)
         self.law, self.shared = self.reader.steps.logits, None
 
+    def through(self, head): return self.reader.steps.through(head)
+
     def start(self, prompt, sampling=None):
         if self.reader.model is not None: asked_draft(prompt.draft, f"drafter {self.name!r}")
         super().start(prompt, sampling)
 
     def weights_read(self):
-        whole = weights_of(self.reader.model, self.head, self.adapter) if self.reader.model is not None else None
-        return whole or self.head.lm_head.weight.numel() + sum(p.numel() for p in self.adapter.parameters())
+        head = self.read_head
+        whole = weights_of(self.reader.model, head, self.adapter) if self.reader.model is not None else None
+        return whole or head.lm_head.weight.numel() + sum(p.numel() for p in self.adapter.parameters())
 
     def state_of(self, h): return self.reader.steps.state(h)
     def propose(self, gamma): return super().propose(gamma) if self.ids else Draft([]) # the prompt's state names it
@@ -357,7 +376,7 @@ class FreeRunDraft(Drafter):
 # %% ../nbs/05a_drafters.ipynb #twophas1
 class TwoPhaseDraft(FreeRunDraft):
     "Aligned states of the draft's free run for the first block, the target's words from then on"
-    name, compared = "two-phase", False
+    name, compared = "two-phase", True
     @classmethod
     def make(cls, kit):
         out = super().make(kit)
@@ -445,6 +464,14 @@ class GatedOwnDraft(OwnState, GatedDraft):
     "The n-gram table while it is sure; elsewhere fused with the own-state head"
     name, kind, needs = "gated-own", "own", ("own", "ngram")
 
+class FusedEventDraft(FusedOwnDraft):
+    "Product of experts: the n-gram table and the own-state head that reads events too"
+    name, kind, needs = "fused-event", "sensor", ("event", "ngram")
+
+class GatedEventDraft(GatedOwnDraft):
+    "The n-gram table while it is sure; elsewhere fused with the own-state head that reads events too"
+    name, kind, needs = "gated-event", "sensor", ("event", "ngram")
+
 # %% ../nbs/05a_drafters.ipynb #cell031
 class Cascade(Drafter):
     "The first drafter of a list that proposes anything; what it is, follows from its parts"
@@ -503,6 +530,7 @@ class Kit:
     own: object = None     # `OwnStateHead`
     event: object = None   # `OwnEventHead`
     calibration: object = None # `featsd.fit.Calibrated`: what the drafter "auto" chooses by
+    short: Tensor = None # ids of `shorten`, for what reads the target's head; None: all
 
 def make_drafter(name:str, # of `drafter_classes`, or several joined by "+": a cascade, such as "lookup+ngram"
                  kit:Kit)->Drafter:
@@ -516,6 +544,8 @@ def make_drafter(name:str, # of `drafter_classes`, or several joined by "+": a c
         sides = {"draft", "target"} if "draft" in a.reads else {"target"}
         check_models(made_for(a), "the adapter", **{side: getattr(kit.pair, side) for side in sides})
     made = [cls.make(kit) for cls in parts_of(name)]
+    for d in made if kit.short is not None else ():
+        if isinstance(d, AlignedDraft): d.shorten(kit.short)
     return made[0] if len(made) == 1 else Cascade(made)
 
 def check_table(table, target):

@@ -16,7 +16,7 @@ import torch
 
 import featsd
 from .adapters import load_any_adapter
-from .base.core import home, lib_versions, log
+from .base.core import home, lib_versions, log, say_once
 from .data.head import Head, RMSNorm
 from .data.store import States, open_states
 from .extract import extract
@@ -67,6 +67,7 @@ def example(folder=None, # where it is kept; None: in FEATSD_HOME, under its key
         except BlockingIOError:
             log.info(f"{folder}: another process makes the running example; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as e: say_once(f"{folder}: no file locks here ({e.strerror}); let one process make it")
         common = dict(output_dir=folder/"states", pair=pair, quant="fp32", progress=progress)
         stores = {split: open_states(extract(split=split, max_samples=n, wrong_clip=split != "train", **common))
                   for split, n in CLIPS.items()}

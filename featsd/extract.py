@@ -27,7 +27,7 @@ from .base.core import (
 from .base.processes import Claims, Heartbeat, Stopped, stop_on_signals, this_launch
 from .data.chunk import (
     ChunkFile, PairStates, StoreError, chunk_file, chunk_starts, read_manifest, read_sidecar)
-from .data.clips import open_clips, read_clip, shown_to
+from .data.clips import first_questions, most_asked, open_clips, questions_of, read_clip, shown_to
 from .data.store import StoreWriter
 from .models.align import Retold, unheard
 from .models.backbone import Pair, encoded, load_pair, memory_report, prompts_told
@@ -37,17 +37,18 @@ from .models.lean import shortened
 # %% ../nbs/01_extract.ipynb #cell005
 def pair_states(pair, # Pair
                 clips, # list of Clip: one batch
-                questions, # list of str
+                questions, # list of str, of those clips that have none of their own
                 max_new_tokens=50,
                 wrong_clips=None, # a clip of another sequence for each clip: adds the stream draft_wrong
                )->list: # PairStates, clip by clip, question by question
     "Answers of both models and the states behind them; what the questions of a clip share is computed once"
-    said = [[pair.target.encode_all(c, questions), pair.draft.encode_all(c, questions)] for c in clips]
+    asked = [questions_of(c, questions) for c in clips]
+    said = [[m.encode_all(c, qs) for m in (pair.target, pair.draft)] for c, qs in zip(clips, asked, strict=True)]
     if wrong_clips is not None:
-        for asked, c in zip(said, wrong_clips, strict=True): asked.append(pair.draft.encode_all(c, questions))
-    return prompted_states(pair, clips, questions, said, max_new_tokens)
+        for prompts, c, qs in zip(said, wrong_clips, asked, strict=True): prompts.append(pair.draft.encode_all(c, qs))
+    return prompted_states(pair, clips, asked, said, max_new_tokens)
 
-def prompted_states(pair, clips, questions,
+def prompted_states(pair, clips, asked, # questions of each clip
                     prompts, # prefixes of each clip: the target's, the draft's[, the draft's of a wrong clip]
                     max_new_tokens=50)->list: # of PairStates
     "`pair_states` of prompts that are encoded already"
@@ -60,13 +61,12 @@ def prompted_states(pair, clips, questions,
     streams = {"target": [a.states for a in answers], "draft_free": [g.states for g in guesses],
                "draft_forced": draft.forced(said, ids)}
     if wrong: streams["draft_wrong"] = draft.forced(wrong[0], ids)
-    out = []
-    for i, (a, g) in enumerate(zip(answers, guesses)):
-        c, q = divmod(i, len(questions))
+    out, places = [], [(clip, q, text) for clip, qs in zip(clips, asked, strict=True) for q, text in enumerate(qs)]
+    for i, ((clip, q, question), a, g) in enumerate(zip(places, answers, guesses, strict=True)):
         texts = target.decode_text(a.ids), draft.decode_text(g.ids)
-        out.append(PairStates(clips[c].id, q, questions[q], a.ids.numpy(), g.ids.numpy(), *texts, a.margins.numpy(),
-                              g.margins.numpy(), {k: v[i].cpu() for k, v in streams.items()}, clips[c].sequence,
-                              reads=reads[i], **whose(clips[c])))
+        out.append(PairStates(clip.id, q, question, a.ids.numpy(), g.ids.numpy(), *texts, a.margins.numpy(),
+                              g.margins.numpy(), {k: v[i].cpu() for k, v in streams.items()}, clip.sequence,
+                              reads=reads[i], **whose(clip)))
     return out
 
 def whose(clip)->dict:
@@ -89,32 +89,34 @@ def other_clip(clips, # a data set
                       "or leave it out")
 
 # %% ../nbs/01_extract.ipynb #bd5b96ca
-def asked_clip(pair, clips, i, questions, wrong_clip=False): # Clip or None, its prompts, why there are none
+def asked_clip(pair, clips, i, questions, part=slice(None), # of its questions
+               wrong_clip=False)->tuple: # Clip or None, its questions, its prompts, why there are none
     "A clip as both models see it; one that cannot be read, or not be shown to a model, is no clip"
     clip, why = read_clip(clips, i)
-    if clip is None: return None, None, why
-    prompts, why = encoded(clip, questions, pair.target, pair.draft)
-    if prompts is None: return None, None, why
+    if clip is None: return None, None, None, why
+    asked = questions_of(clip, questions)[part]
+    prompts, why = encoded(clip, asked, pair.target, pair.draft)
+    if prompts is None: return None, None, None, why
     def shown(other):
-        seen, _ = encoded(other, questions, pair.draft)
+        seen, _ = encoded(other, asked, pair.draft)
         if seen: prompts.extend(seen)
         return seen is not None
     if wrong_clip: other_clip(clips, i, clip.sequence, shown)
-    return clip, prompts, None
+    return clip, asked, prompts, None
 
-def chunk_pairs(pair, clips, questions, start, stop, # pairs: clip-major, all questions of a clip together
+def chunk_pairs(pair, clips, questions, start, stop, # places: clip-major, all questions of a clip together
                 max_new_tokens, wrong_clip, batch_clips, done=lambda pairs: None): # PairStates, [(clip id, reason)]
     "All pairs of one chunk; batches are cut inside the chunk, so that its bytes depend on nothing else"
-    out, skipped, Q = [], [], len(questions)
+    out, skipped, Q = [], [], most_asked(clips, questions)
     asked = lambda i: (max(start - i * Q, 0), min(stop - i * Q, Q)) # a clip at the chunk's edge is asked only its share
     groups = [list(g) for _, g in itertools.groupby(range(start // Q, -(-stop // Q)), asked)]
     for group in [g[k:k + batch_clips] for g in groups for k in range(0, len(g), batch_clips)]:
         first, last = asked(group[0])
-        asked_of = questions[first:last]
-        read = [(i, *asked_clip(pair, clips, i, asked_of, wrong_clip)) for i in group]
-        skipped += [(clips.clip_ids[i], why) for i, clip, _, why in read if clip is None]
-        if good := [(clip, prompts) for _, clip, prompts, _ in read if clip is not None]:
-            pairs = prompted_states(pair, [c for c, _ in good], asked_of, [p for _, p in good], max_new_tokens)
+        read = [(i, *asked_clip(pair, clips, i, questions, slice(first, last), wrong_clip)) for i in group]
+        skipped += [(clips.clip_ids[i], why) for i, clip, *_, why in read if clip is None]
+        # a clip with fewer questions than others leaves its last places empty
+        if good := [(clip, qs, prompts) for _, clip, qs, prompts, _ in read if clip is not None and qs]:
+            pairs = prompted_states(pair, *zip(*good, strict=True), max_new_tokens)
             for p in pairs: p.question_idx += first
             out += pairs
         done(len(group) * (last - first))
@@ -168,7 +170,8 @@ def manifest_of(pair, # Pair
             "generation": {"max_new_tokens": s.max_new_tokens, "do_sample": False, "batch_clips": s.batch_clips},
             "devices": {side: devices_of(getattr(pair, side)) for side in ("target", "draft")},
             "versions": lib_versions(), "argv": argv or [], "created": dt.datetime.now().isoformat(timespec="seconds"),
-            "max_samples": len(clips)}
+            "max_samples": len(clips)} | ({"questions_a_clip": most_asked(clips, questions)}
+                                          if getattr(clips, "own", None) else {})
 
 # %% ../nbs/01_extract.ipynb #9cab3661
 def own_gpu(pair, launch, gpus=None):
@@ -211,7 +214,7 @@ def prove_both(pair, clips, questions): # raises
     models = [m for m in (pair.target, pair.draft) if hasattr(m, "prove")]
     if not models: return
     clip = next((c for c, _ in (read_clip(clips, i) for i in range(len(clips))) if c is not None), None)
-    for m in models if clip is not None else (): m.prove(clip, questions)
+    for m in models if clip is not None else (): m.prove(clip, questions_of(clip, questions))
 
 # %% ../nbs/01_extract.ipynb #4a5e5bf9
 def settled(path, clips, Q, strict, start, stop, usable=lambda i: True)->bool: # usable: of a clip that can be read
@@ -276,9 +279,10 @@ def foretold_seconds(path, pairs:int)->tuple: # seconds (estimate), pairs measur
 # %% ../nbs/01_extract.ipynb #da441a84
 def write_missing(writer, heart, pair, clips, questions, s, launch): # StoreWriter, Heartbeat; s: ExtractSettings
     "Chunk after chunk of what is not there yet, shared with the other processes of the launch"
-    path, total = writer.path, len(clips) * len(questions)
-    def usable(i): return asked_clip(pair, clips, i, questions[:1])[0] is not None
-    def has(*chunk): return settled(path, clips, len(questions), s.strict, *chunk, usable)
+    path, Q = writer.path, most_asked(clips, questions)
+    total = len(clips) * Q
+    def usable(i): return asked_clip(pair, clips, i, questions, slice(1))[0] is not None
+    def has(*chunk): return settled(path, clips, Q, s.strict, *chunk, usable)
     todo = writer.missing(total, done=has)
     left = sum(stop - start for start, stop in todo)
     heart(total - left)
@@ -334,7 +338,7 @@ def extract(output_dir="hidden_states", # folder for the store
     if len(clips) == 0:
         raise FeatsdError(f"{dataset_dir}: no clip in split {s.split!r}; check --split and --max_samples")
     whole = load_pair(own_gpu(pair, launch), quant=s.quant)
-    pair, questions = shortened(whole, s.draft_layers), clips.questions[:s.max_questions]
+    pair, questions = shortened(whole, s.draft_layers), first_questions(clips, s.max_questions)
     clips = shown_to(clips, pair.target, pair.draft)
     path = Path(output_dir)/f"chunked_{s.split}_{s.duration}_{s.quant}"
     manifest = manifest_of(pair, clips, questions, s, sys.argv[1:]) | {"seed": s.seed}
@@ -343,7 +347,7 @@ def extract(output_dir="hidden_states", # folder for the store
     checker, said = checking_head(pair)
     with StoreWriter(path, manifest | said, pair.target.head, s.chunk_size, checker, launch.group,
                      **rounding(pair.target, pair.draft)) as writer, \
-         Heartbeat(launch.own(path), len(clips) * len(questions)) as heart:
+         Heartbeat(launch.own(path), len(clips) * most_asked(clips, questions)) as heart:
         write_missing(writer, heart, pair, clips, questions, s, launch)
         if not launch.first: writer.lock.close(); return None # the index is the first one's to write, when all is there
     _complain(path, clips, dataset_dir)

@@ -97,7 +97,8 @@ def _study_head(path):
 def _table(path):
     t = NGramTable.load(path)
     return (f"ok: n-gram table of order {t.order}, {t.n_nodes} contexts, " +
-            (f"tokenizer {t.tokenizer_hash[:12]}" if t.tokenizer_hash else "no tokenizer hash"))
+            (f"tokenizer {t.tokenizer_hash[:12]}" if t.tokenizer_hash else "no tokenizer hash") +
+            "".join(f", {k} {v}" for k, v in t.made_from.items()))
 
 def said_by(check, *args): # what `check` says, or the error
     try: return check(*args) or "ok"
@@ -182,7 +183,10 @@ def claims_of(path)->dict: # "target head" → value, None where it is not recor
         files = [path/f for f in ("best_model.pt", "final_model.pt", "last.pt") if (path/f).exists()]
         adapter = load_any_adapter(files[0])[0] if files else load_pretrained(path)
     elif kind == "adapter": adapter = load_any_adapter(path)[0]
-    elif kind == "ngram": return {"target tokenizer": NGramTable.load(path).tokenizer_hash or None}
+    elif kind == "ngram":
+        model, quant = [*(t := NGramTable.load(path)).made_from.get("target", " ").split(" ")][:2]
+        return {k: v or None for k, v in (("target tokenizer", t.tokenizer_hash), ("target model", model),
+                                          ("target quant", quant))}
     elif kind == "head":
         head = Head.load(path)
         return {"target head": head.hash, "target width": head.hidden_size, "target ids": head.vocab_size}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GATES', 'WORTHS', 'TRAIN_ONE', 'TRAIN_OWN', 'WITH_WORDS', 'written', 'words_file', 'kept_words', 'training_words',
-           'asked_words', 'read_words', 'word_experts', 'fit_words', 'Costs', 'measured_costs', 'reading_ms',
-           'Opinions', 'opinions', 'predict', 'fit_gate', 'Calibrated', 'hit_curve', 'predict_auto', 'fit_auto',
-           'AutoDraft', 'adapter_of', 'adapters_of', 'Fitted', 'fit_adapter', 'build_drafters']
+           'asked_words', 'say_whose', 'read_words', 'word_experts', 'fit_words', 'Costs', 'measured_costs',
+           'reading_ms', 'Opinions', 'opinions', 'predict', 'fit_gate', 'Calibrated', 'hit_curve', 'predict_auto',
+           'fit_auto', 'AutoDraft', 'adapter_of', 'adapters_of', 'Fitted', 'fit_adapter', 'build_drafters']
 
 # %% ../nbs/05b_fit.ipynb #cell002
 import hashlib
@@ -22,10 +22,10 @@ from .adapters import load_any_adapter
 from .base.core import FeatsdError, lib_versions, log, say_once
 from .calibration import expert_laws, fit_fusion, product
 from .data.answers import Answers, answers_of, read_answers, write_answers
-from .data.clips import open_clips, read_clip, shown_to
-from .data.identity import made_for, model_ids
+from .data.clips import first_questions, open_clips, questions_of, read_clip, shown_to
+from .data.identity import data_id, made_for, model_ids
 from .data.store import open_states
-from .decode import Draft, Greedy, needs_of, plain_decode, speculative_decode
+from .decode import Draft, Greedy, needs_of, parts_of, plain_decode, speculative_decode
 from .drafters import AlignedDraft, GatedDraft, Kit, check_adapter, check_models, field_of, make_drafter
 from .models.backbone import encoded, prompts_told
 from .models.lean import shortened
@@ -59,9 +59,10 @@ def kept_words(file, data, questions, start, target): # Answers or None
         log.warning(f"{e}; it is made again")
         return None
     have, ids = set(kept.clips), data.clip_ids
-    whole = len(kept) == len(have) * len(questions)
+    own = getattr(data, "own", None) or {}
+    whole = len(kept) == sum(len(own.get(c, questions)) for c in have)
     unread = (read_clip(data, i)[0] for i in range(start, len(data)) if ids[i] not in have)
-    lost = lambda clip: clip is None or encoded(clip, questions[:1], target)[0] is None
+    lost = lambda clip: clip is None or encoded(clip, questions_of(clip, questions)[:1], target)[0] is None
     return kept if whole and all(map(lost, unread)) else None
 
 # %% ../nbs/05b_fit.ipynb #cell006
@@ -73,6 +74,7 @@ def training_words(pair, questions, clips=550, # training clips whose answers th
     "The target's greedy answers on training clips; those that cannot be read are left out"
     data, t = open_clips(dataset_dir, "train", clips, duration=duration, spread=True), pair.target
     data = shown_to(data, t)
+    if getattr(data, "own", None): questions = first_questions(data, None) # all that its clips are asked
     if batch < 1 or not 0 <= start < len(data):
         raise FeatsdError(f"training words: batch {batch}, from clip {start} of {len(data)} in {dataset_dir}; "
                           "give a batch of 1 or more, and more clips")
@@ -82,35 +84,45 @@ def training_words(pair, questions, clips=550, # training clips whose answers th
     if not rows:
         why = read_clip(data, start)[1]
         raise FeatsdError(f"{dataset_dir}: not one of {len(data)} training clips could be read: {why}")
-    clip_ids, asked, ids = zip(*rows)
+    clip_ids, asked, *where, ids = map(list, zip(*rows, strict=True))
+    sequences, spans = (x if any(x) else [] for x in where) # as a log that knows none is read
     text = [t.decode_text(i) for i in ids]
-    said = Answers([*clip_ids], [*asked], [*ids], [*ids], text, text, t.tokenizer_hash)
+    about = {"target": {"hash": t.model_hash, "quant": t.quant, "name": t.name}}
+    models = {k: v for k, v in model_ids(about).items() if v}
+    said = Answers(clip_ids, asked, ids, ids, text, text, t.tokenizer_hash, [], models, sequences, spans,
+                   data_id({"dataset": data.name, "split": data.split, "seed": getattr(data, "seed", 0)}))
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_answers(file, said)
     return said
 
-def asked_words(target, data, questions, which, batch, max_new_tokens, progress)->list: # of (clip id, question, ids)
-    "What the target says about those clips that can be read"
+# %% ../nbs/05b_fit.ipynb #askedw01
+def asked_words(target, data, questions, which, batch, max_new_tokens, progress)->list:
+    "What the target says about those clips that can be read: clip, question, recording, span, ids"
     from tqdm.auto import tqdm
     rows, bar = [], dict(desc="target's words", unit="batch", disable=not progress, dynamic_ncols=True)
     for i in tqdm(which[::batch], **bar):
         read = [c for c, _ in (read_clip(data, j) for j in range(i, min(i + batch, which.stop))) if c is not None]
-        here = [(c, seen[0]) for c in read if (seen := encoded(c, questions, target)[0])]
+        here = [(c, seen[0]) for c in read if (seen := encoded(c, questions_of(c, questions), target)[0])]
         said = target.generate([p for _, prompts in here for p in prompts], max_new_tokens) if here else []
-        asked = ((c.id, q) for c, _ in here for q in questions)
+        asked = ((c.id, q, c.sequence, tuple(c.meta.get("span_us", ()))) for c, _ in here
+                 for q in questions_of(c, questions))
         rows += [(*what, a.ids.cpu().numpy()) for what, a in zip(asked, said, strict=True)]
     return rows
 
 # %% ../nbs/05b_fit.ipynb #cell007
+def say_whose(models, source, target):
+    "Words of another target, or another precision, are said; they may come from anywhere"
+    try: check_models(models, str(source), target=target)
+    except FeatsdError as e: say_once(f"{e}; its words count all the same")
+
 def read_words(source, target)->Answers:
     "Training answers from a log (JSONL, the study's JSON) or a store; those of another tokenizer are refused"
     states = open_states(source) if Path(source).is_dir() else None
     log = read_answers(source) if states is None else answers_of(states)
-    try: check_models(log.models if states is None else model_ids(states.manifest), str(source), target=target)
-    except FeatsdError as e: say_once(f"{e}; its words count all the same") # they may come from anywhere
     if log is None:
         raise FeatsdError(f"{source}: these states hold no token ids; extract them with featsd_extract")
+    say_whose(log.models, source, target)
     if log.tokenizer_hash and log.tokenizer_hash != target.tokenizer_hash:
         raise FeatsdError(f"{source}: answers of tokenizer {log.tokenizer_hash[:16]}, {target.name} has "
                           f"{target.tokenizer_hash[:16]}; log answers of this target")
@@ -125,13 +137,19 @@ def word_experts(words:Answers, questions, tokenizer_hash="", order=7)->tuple: #
     return {q: NGramTable(by[q], order, tokenizer_hash) for q in questions}, {q: template_ids(by[q]) for q in questions}
 
 def fit_words(source, # n-gram table file, store folder, or log of answers
-              questions, target, order=7)->tuple: # {question: NGramTable}, {question: template ids}
+              questions, target, order=7,
+              asked="")->tuple: # {question: NGramTable}, {question: template ids}; asked: `data_id` of what is asked
     "What a word drafter needs, per question, from whatever holds training answers of this target"
     path = Path(source)
     if path.is_file() and path.suffix == ".safetensors":
-        table = NGramTable.load(path, tokenizer_hash=target.tokenizer_hash)
-        return {q: table for q in questions}, {}
-    return word_experts(read_words(path, target), questions, target.tokenizer_hash, order)
+        table, log = NGramTable.load(path, tokenizer_hash=target.tokenizer_hash), None
+        say_whose(table.made_from, path, target)
+    else: log = read_words(path, target)
+    data = table.made_from.get("data") if log is None else log.data
+    if data and data == asked:
+        say_once(f"{path}: words about {data}, and {asked} is asked: speeds on clips it was made from mean nothing")
+    if log is None: return {q: table for q in questions}, {}
+    return word_experts(log, questions, target.tokenizer_hash, order)
 
 # %% ../nbs/05b_fit.ipynb #cell011
 @dataclass
@@ -360,7 +378,8 @@ class Fitted:
     stop: dict = field(default_factory=dict) # drafter → what `fit_gate` found for it
     known: Calibrated = None # of `fit_auto`
 
-WITH_WORDS = dict(adapter=("fused", "gated"), own=("fused-own", "gated-own")) # with the word table
+WITH_WORDS = dict(adapter=("fused", "gated"), own=("fused-own", "gated-own"), # with the word table
+                  event=("fused-event", "gated-event"))
 
 def fit_adapter(label, adapter, layers, pair, tables, val, prompts, max_new_tokens=50)->tuple: # Fitted, lines
     "Weights, gate and stopping thresholds for an adapter of the draft's first `layers` layers, and a line that says so"
@@ -388,7 +407,9 @@ def build_drafters(names, pair, adapters=None, # of `adapters_of`
                    val=None, # States of validation clips; without them fusion weighs alike and the gate is .8
                    prompts=(), # validation prompts on which costs are measured; without them the defaults of `Costs`
                    dynamic=False, # also variants that stop where they are unsure
-                   max_new_tokens=50)->tuple: # {name: Drafter}, lines that say what was fitted
+                   max_new_tokens=50,
+                   short=None, # ids of a short list: also variants that read these rows of the target's head alone
+                  )->tuple: # {name: Drafter}, lines that say what was fitted
     "Drafters by name; those that need an adapter come once per adapter"
     out, lines, cache, adapters = {}, [], {}, adapters or {}
     first = {field_of(a): a for a, _ in reversed(adapters.values())}
@@ -405,12 +426,14 @@ def build_drafters(names, pair, adapters=None, # of `adapters_of`
         for label in labels:
             adapter, layers = adapters[label] if label else (None, None)
             s = fitted(label) if label and "ngram" in needs else Fitted()
-            short = shortened(pair, layers)
+            cut = shortened(pair, layers)
             made = first | {wants[0]: adapter} if wants else first
-            kit = Kit(short, made.get("adapter"), tables, templates, s.weights, s.gate, max_new_tokens=max_new_tokens,
+            kit = Kit(cut, made.get("adapter"), tables, templates, s.weights, s.gate, max_new_tokens=max_new_tokens,
                       own=made.get("own"), event=made.get("event"), calibration=s.known)
             full = name if len(labels) == 1 else f"{name} {label}"
             out[full] = make_drafter(name, kit)
+            if short is not None and any(issubclass(c, AlignedDraft) for c in parts_of(name)):
+                out[f"{full}, short"] = make_drafter(name, replace(kit, short=short))
             stop = (s.stop or next((c.stop for c in cache.values()), {})).get(name) if dynamic else None
             if stop and stop["min_confidence"] > 0:
                 gate = stop["gate"] if name.startswith("gated") else s.gate

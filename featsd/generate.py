@@ -21,9 +21,9 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from .base.core import FeatsdError, check_file
 from .base.figures import PALETTE, at_home, remember
 from .calibration import fit_fusion
-from .data.clips import open_clips, shown_to
+from .data.clips import first_questions, open_clips, questions_of, shown_to
 from .data.events import render_events
-from .data.identity import model_ids
+from .data.identity import data_id, model_ids
 from .data.store import open_states
 from .decode import (
     Arm, Decoded, Drafter, Greedy, Prompt, Sampled, certify, encode_prompt, needs_of, plain_decode, run_arm,
@@ -98,7 +98,7 @@ class Recipe:
     val: str = None      # store of validation clips: fits fusion weights and gate
     min_confidence: float = 0. # drafting stops under it
 
-def prepare_drafter(recipe:Recipe, pair, questions, max_new_tokens=50)->Drafter:
+def prepare_drafter(recipe:Recipe, pair, questions, max_new_tokens=50, data="")->Drafter: # data: `data_id` of the clips
     "A drafter from files"
     r, needs = recipe, needs_of(recipe.drafter)
     kit = Kit(pair, min_confidence=r.min_confidence, max_new_tokens=max_new_tokens)
@@ -106,7 +106,7 @@ def prepare_drafter(recipe:Recipe, pair, questions, max_new_tokens=50)->Drafter:
         for adapter, _ in adapters_of(r.adapter.split(",")).values(): setattr(kit, field_of(adapter), adapter)
     expert = next((x for k in ("adapter", "own") if k in needs and (x := getattr(kit, k)) is not None), None)
     if r.words and needs & {"ngram", "template"}:
-        kit.ngram, template = fit_words(r.words, questions, pair.target)
+        kit.ngram, template = fit_words(r.words, questions, pair.target, asked=data)
         kit.template = template or None
     if r.val and expert is not None and kit.ngram is not None:
         made_of = open_states(r.val), kit.ngram, expert, pair.target.head
@@ -168,11 +168,11 @@ class Asking:
     def find(self, at_least=1)->tuple: # clips (so many are opened), question
         "The data set and the question's text"
         clips, q = open_clips(self.dataset_dir, self.split, max(self.clip + 1, at_least)), str(self.question)
-        if q.isdigit() and int(q) < len(clips.questions): q = clips.questions[int(q)]
         if not 0 <= self.clip < len(clips):
             raise FeatsdError(f"clip {self.clip}: {clips.name} {self.split} has {len(clips)} clips, "
                               f"0 to {len(clips) - 1}")
-        return clips, q
+        known = getattr(clips, "own", {}).get(clips.clip_ids[self.clip], clips.questions)
+        return clips, known[int(q)] if q.isdigit() and int(q) < len(known) else q
 
 # %% ../nbs/05c_generate.ipynb #cell018
 def decode_clips(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLDER"
@@ -186,12 +186,15 @@ def decode_clips(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLDER
     asking, recipe, out, pair = asking or Asking(), recipe or Recipe(), out or sys.stdout, lean(load_pair(pair))
     clips, asked = asking.find(prompts if certificate else 1)
     clips = shown_to(clips, pair.target, pair.draft)
-    drafter = prepare_drafter(recipe, pair, clips.questions if certificate else [asked], max_new_tokens)
+    known = [*first_questions(clips, None), asked] if certificate else [asked]
+    data = data_id({"dataset": clips.name, "split": clips.split, "seed": getattr(clips, "seed", 0)})
+    drafter = prepare_drafter(recipe, pair, list(dict.fromkeys(known)), max_new_tokens, data)
     prompt = encode_prompt(pair, clips[asking.clip], asked)
     done = stream_answer(pair, drafter, prompt, gamma, rule, max_new_tokens, out, color)
     if certificate:
-        many = [encode_prompt(pair, clips[i], clips.questions[i % len(clips.questions)])
-                for i in range(min(prompts, len(clips)))]
+        some = [(i, clips[i]) for i in range(min(prompts, len(clips)))]
+        asked_of = ((i, clip, questions_of(clip, clips.questions)) for i, clip in some)
+        many = [encode_prompt(pair, clip, known[i % len(known)]) for i, clip, known in asked_of]
         proof = certify(pair.target, drafter, many, gamma, max_new_tokens)
         proof.save(certificate)
         out.write(f"{proof}\n")

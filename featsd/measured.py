@@ -78,7 +78,7 @@ def cosine_parts(m:Measurement, known:Calibration=None)->list:
     blind = best_null([r for r in m.rows if r.kind == "state" and r.stream == first], "accept_90", blind=True)
     passes = f"; of a mean state, which saw no clip, {_percent(_of(blind, 'accept_90'))}" if blind else ""
     out.append(Figure(threshold_slider(m),
-        "Move the threshold and watch three things: how many positions pass, how many pass in a row, which is all a "
+        "Watch three things as the threshold moves: how many positions pass, how many pass in a row, which is all a "
         "decoder can use, and how many of those that pass are the right token. Here "
         f"{_percent(over.value)} of {m.name}'s positions have a cosine above .90{passes}.", "threshold"))
     if known is None: return out
@@ -117,6 +117,8 @@ def bits_parts(known:Calibration)->list:
 STREAMS = Terms({"draft_forced": "the draft reads the target's own words, as it does while it drafts",
                  "draft_free": "the draft writes an answer of its own, whose words are others",
                  "draft_wrong": "as forced, but the draft sees another clip",
+                 "grey rows": "baselines; ridge regression and shuffled pairs have the draft's states as an adapter "
+                              "has, means and words have not",
                  "accept@.90, consecutive@.90": "states with a cosine above .90: their share, and how many in a row",
                  "token top1, token consecutive": "right next tokens through the target's head: their share, and how "
                                                   "many in a row"})

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import featsd.own  # noqa: F401, its levels register themselves
 from .adapters import check_depth, check_head, load_any_adapter
 from .base.core import FeatsdError, plain_values, write_json
 from .base.figures import Chart, Panel, Series
@@ -23,11 +22,12 @@ from .base.tables import Column, Table
 from .data.answers import Answers, answers_of, id_lists
 from .data.chunk import head_agreement
 from .data.identity import made_for, model_ids, same_models, say_shared
-from .data.scores import Scores, aligner, as_it_is, score_states, take
+from .data.scores import Scores, aligner, as_it_is, one_later, score_states, take
 from .metrics import (
     METRICS, accepts, by_position, chart_cosines, chart_frontier, chart_positions, chart_runs, chart_summary,
     compute_per_position_stats, consecutive, metrics_of, print_metrics_report, sweep)
 from .models.words import NGramTable, prompt_lookup, template_ids
+from .own import StudyHead
 
 # %% ../nbs/03a_nulls.ipynb #cell005
 @dataclass
@@ -301,12 +301,13 @@ def _measure_stream(out, adapter, test, train, stream, settings, head, n_boot):
     "An adapter and its state baselines on one stream, added to `out`"
     align, known = Once(aligner(adapter)), train is not None and stream in train.manifest["streams"]
     stats = fit_stats(train, stream) if known else None
-    aligners, mean = {out.name: align} | state_nulls(align, test, stats), None if stats is None else stats.by_position
+    own = {out.name: align} | ({f"{out.name}, next token": one_later(align)} if isinstance(adapter, StudyHead) else {})
+    aligners, mean = own | state_nulls(align, test, stats), None if stats is None else stats.by_position
     scores = score_states(test, aligners, stream, head, mean)
     out.scores |= {(stream, k): s for k, s in scores.items()}
     out.metrics[stream] = metrics_of(scores[out.name], *settings)
     out.position_stats[stream] = compute_per_position_stats(scores[out.name], sd_config=settings[1])
-    out.rows += [row_of(k, stream, "adapter" if k == out.name else "state", s, n_boot) for k, s in scores.items()]
+    out.rows += [row_of(k, stream, "adapter" if k in own else "state", s, n_boot) for k, s in scores.items()]
 
 # %% ../nbs/03a_nulls.ipynb #cell026
 def chart_intervals(bars, # (name, Interval, n, whether it is a baseline) of each

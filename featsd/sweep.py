@@ -50,7 +50,8 @@ BASE = dict(steps=2, inner_dim=128, ffn_dim=256, num_layers=1, clips=80, num_epo
 SWEPT = dict(steps=[dict(steps=k) for k in (0, 1, 2, 3, 5)],
              size=[dict(inner_dim=64, ffn_dim=128), dict(ffn_dim=512), dict(inner_dim=192, ffn_dim=384),
                    dict(num_layers=2)],
-             clips=[dict(clips=k) for k in (20, 40, 160, 320)])
+             clips=[dict(clips=k) for k in (20, 40, 160, 320)],
+            form=[dict(seed=k, cross=c) for k in range(3) for c in (None, True)]) # of own+event
 
 def of_clips(states, n):
     "The first n clips"
@@ -64,7 +65,8 @@ def sweep_heads(train, val, test, out, # States or paths; folder of the runs
     train, val, test = (open_states(x) if isinstance(x, (str, Path)) else x for x in (train, val, test))
     if len(train.clips) < 2: raise FeatsdError(f"{train.path}: {len(train.clips)} clips, expected at least 2")
     rows, done, base = [], {}, BASE | base
-    for what, s in [(k, s) for k, some in (swept or SWEPT).items() for s in [{}, *some]]:
+    swept = swept or {k: v for k, v in SWEPT.items() if k != "form"}
+    for what, s in [(k, s) for k, some in swept.items() for s in [{}, *some]]:
         made = base | s
         key = tuple(made.items())
         if key not in done:
@@ -85,10 +87,13 @@ def sweep_heads(train, val, test, out, # States or paths; folder of the runs
 def sweep_table(found, what)->Table: # of `sweep_heads`; "steps", "size", "clips"
     "One line a setting"
     rows = [r for r in found["rows"] if r["what"] == what]
-    names = {"steps": "own outputs", "inner_dim": "width", "ffn_dim": "FFN", "num_layers": "layers", "clips": "clips"}
+    names = {"steps": "own outputs", "inner_dim": "width", "ffn_dim": "FFN", "num_layers": "layers", "clips": "clips",
+             "seed": "seed", "cross": "events ask"}
+    rows = [{"seed": 0, "cross": None} | r for r in rows]
+    rows = list({tuple(r[k] for k in names): r for r in rows}.values())
     moved = [k for k in names if len({r[k] for r in rows}) > 1]
     taus = [k for k in rows[0] if k.startswith("tau_")]
-    rows = sorted(rows, key=lambda r: [r[k] for k in moved])
+    rows = sorted(rows, key=lambda r: [r[k] or 0 for k in moved])
     columns = [*(names[k] for k in moved), Column("parameters", ",d"), Column("top-1", ".3f"),
                Column("in a row", ".2f"), *(Column(f"τ at γ {k[4:]}", ".2f") for k in taus), Column("CPU s", ",d")]
     return Table("", columns, [[*(r[k] for k in moved), r["params"], r["top1"], r["in_a_row"], *(r[k] for k in taus),
@@ -119,6 +124,7 @@ def main(
     val_data:str=None, # store of validation clips (required)
     test_data:str=None, # store of held-out clips (required)
     level:str="own", # own or own+event
+    what:str="steps,size,clips", # what is swept; form: own+event as it is, and with events that ask, three seeds each
     out:str="own_sweep", # folder of the runs; those that are there already are read
     file:str="figures/own_sweep.json", # what this page shows
     threads:int=1, # of torch
@@ -127,9 +133,7 @@ def main(
     for name, path in dict(train=train_data, val=val_data, test=test_data).items():
         if not path: raise FeatsdError(f"--{name}_data: expected a store, found none; give a folder of featsd_extract")
     torch.set_num_threads(threads)
-    run_sweep(train_data, val_data, test_data, out, file, level)
+    if wrong := [k for k in what.split(",") if k not in SWEPT]:
+        raise FeatsdError(f"--what {wrong[0]!r}: expected names among {', '.join(SWEPT)}")
+    run_sweep(train_data, val_data, test_data, out, file, level, swept={k: SWEPT[k] for k in what.split(",")})
     print(file)
-
-# %% ../nbs/02b_sweep.ipynb #swep0013
-#| eval: false
-if __name__ == "__main__" and "__file__" in globals(): main()

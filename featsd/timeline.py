@@ -27,6 +27,7 @@ from .base.figures import (
     DASHES, GREYS, PALETTE, Chart, Panel, Series, Shown, at_home, live_figure, remember)
 from .base.page import Figure, Page, Section, Sliding
 from .base.tables import Column, Table
+from .data.clips import questions_of
 
 # %% ../nbs/04_timeline.ipynb #cell024
 class _Stopwatch:
@@ -77,11 +78,12 @@ def measure_stages(pair, # Pair
                           "give at least one of each")
     timed = _Stopwatch(clock, getattr(pair.target, "device", "cpu"))
     once = lambda clip, q: _one_answer(pair, clip, q, adapter, widths, runs, timed)
-    once(clips[0], questions[0])                                      # warm-up
+    asked = [(clip, q) for clip in clips for q in questions_of(clip, questions)]
+    once(*asked[0])                                                   # warm-up
     timed.times.clear()
-    for clip in clips:
-        for q in questions: once(clip, q)
-    how = f"{len(clips)} clips × {len(questions)} questions × {runs}"
+    for clip, q in asked: once(clip, q)
+    each = f"{len(questions)} questions" if len(asked) == len(clips) * len(questions) else "their own questions"
+    how = f"{len(clips)} clips × {each} × {runs}"
     return timing_of_samples(timed.times, list(widths), f"measured: {getattr(pair, 'name', 'pair')}, {how}")
 
 def timing_of_samples(times:dict, # stage -> list of ms
@@ -331,9 +333,9 @@ def timeline_page(timing:TimingConfig, p, # Plan
             f"guessing ahead would not pay ({p.exact:.2f}x at best)")
     answer = most[0].upper() + most[1:] if most else f"On {how} stage times and this acceptance {pays} (estimate)."
     whose = "that of a drafter that is always right" if by is None else "that of the measured adapter"
-    bars = (f"Move γ: the bars of guessing and verification stretch, but fewer cycles are needed. Acceptance: {whose}. "
-            f"Here a step of the target takes {timing.target_token_ms:.3g} ms, and a guess costs {p.c:.2f} of it.")
-    plane = ("Move c, the price of a guess in steps of the target. Left, the founding study's formula never turns "
+    bars = (f"As γ grows the bars of guessing and verifying stretch, but fewer cycles are needed. Acceptance: {whose}. "
+            f"A step of the target takes {timing.target_token_ms:.3g} ms here, a guess costs {p.c:.2f} of it.")
+    plane = ("Along c, the price of a guess in steps of the target: left, the founding study's formula never turns "
              f"down; right, the dot pays below the lines. Here drafting pays below c = {p.largest_c:.2f}.")
     return Page("Where does the time go, and what could guessing save?", answer,
                 [Figure(timeline_by_gamma(timing, blocks, n_out, g), bars, "stages")], [

@@ -39,7 +39,7 @@ from .data.chunk import VOLATILE
 from .data.feed import Feed, choose_stream, state_bytes
 from .data.identity import made_for, model_ids, of_both, of_models, same_models
 from .data.store import check_states, open_states
-from .own import StudyHead, beyond, taught
+from .own import StudyHead, beyond, shorter, taught
 from .runs import Run, Team, find_run, read_result
 
 # %% ../nbs/02_train.ipynb #cell005
@@ -105,7 +105,8 @@ def token_hits(head, aligned, target, ids=None, max_logits=2**24)->int:
 
 # %% ../nbs/02_train.ipynb #evaluat1
 @torch.no_grad()
-def evaluate(adapter, feed, terms, head=None, team=Team())->dict:  # noqa: B008
+def evaluate(adapter, feed, terms, head=None, team=Team(),  # noqa: B008
+             loss_head=None)->dict: # of `shorter`; None: the head
     "Means over positions: `val_loss`, `val_cos_sim`, `val_accept_80` … `95`, `val_token_top1` where a head is known"
     adapter.eval()
     sums, extra = np.zeros(4 + len(THRESHOLDS)), {}
@@ -113,7 +114,7 @@ def evaluate(adapter, feed, terms, head=None, team=Team())->dict:  # noqa: B008
         with team.part(*batch) as part: x = taught(adapter, part, align, 0)[0]
         if not (k := len(x.target)): continue
         cos = F.cosine_similarity(x.aligned.float(), x.target, dim=-1)
-        loss = objective(terms, *x.beside(head))
+        loss = objective(terms, *x.beside(loss_head or head))
         hits = 0 if head is None else token_hits(head, x.aligned, x.target, x.ids)
         sums += [float(loss) * k, float(cos.sum(dtype=torch.float64)), *(int((cos > t).sum()) for t in THRESHOLDS),
                  hits, k]
@@ -143,10 +144,11 @@ class TrainSettings:
     cache_bytes:int = 2**30    # larger data is streamed from disk in every epoch
     autocast:bool = False      # bfloat16 products in training; weights, losses and validation stay float32
     compiled:bool = False      # `torch.compile` of adapter and loss; dropout draws in another order
+    short_list:int = 0         # kl, tv, nla through the head's rows of so many frequent tokens; 0: through all
 
     def __post_init__(self):
         "Numbers in their range, else an error before anything is read"
-        least = dict(num_epochs=1, batch_size=1, early_stopping=0, seed=0)
+        least = dict(num_epochs=1, batch_size=1, early_stopping=0, seed=0, short_list=0)
         for k in (*least, "learning_rate", "weight_decay", "grad_clip", "cache_bytes"):
             v = getattr(self, k)
             if k in least: ok, want = type(v) is int and least[k] <= v < 2**31, f"a whole number, at least {least[k]}"
@@ -155,8 +157,8 @@ class TrainSettings:
 
     def record(self, batches_from)->dict: # "memory" or "disk"
         "What decides the result, for config.json"
-        speed = {k: True for k in ("autocast", "compiled") if getattr(self, k)}
-        kept = {k: v for k, v in vars(self).items() if k not in ("cache_bytes", "autocast", "compiled")}
+        speed = {k: v for k in ("autocast", "compiled", "short_list") if (v := getattr(self, k))}
+        kept = {k: v for k, v in vars(self).items() if k not in ("cache_bytes", "autocast", "compiled", "short_list")}
         return kept | dict(batches_from=batches_from) | speed
 
 # %% ../nbs/02_train.ipynb #cell013
@@ -209,9 +211,9 @@ class HiddenAdapterTrainer:
         self.train, self.val = (Feed(data, stream, s.batch_size, adapter.looks_back, device, s.cache_bytes)
                                 for data in (train, val))
         fused = torch.device(device).type in ("cpu", "cuda") # one kernel for all parameters: fewer passes over memory
-        weights, decay = adapter.parameters(), s.weight_decay
-        self.optimizer = torch.optim.AdamW(weights, s.learning_rate, weight_decay=decay, fused=fused)
-        self.history, self.seconds = {}, 0.
+        weights = adapter.parameters()
+        self.optimizer = torch.optim.AdamW(weights, s.learning_rate, weight_decay=s.weight_decay, fused=fused)
+        self.loss_head, self.history, self.seconds = shorter(self.head, train, s.short_list, s.loss), {}, 0.
 
 # %% ../nbs/02_train.ipynb #trai0001
 @patch(as_prop=True)
@@ -268,7 +270,8 @@ def train_step(self:HiddenAdapterTrainer, h_draft, mask, h_target, ids)->Tensor:
         with self.team.part(*block) as (h, m, t, i), self._precision():
             said = [x for x in taught(self.adapter, (h, m, t, i), self.align) if len(x.target)]
         if not len(t) or not said: continue # this process's share of a short block
-        with self._precision(): loss = sum(x.weight * self.objective(self.terms, *x.beside(self.head)) for x in said)
+        with self._precision():
+            loss = sum(x.weight * self.objective(self.terms, *x.beside(self.loss_head)) for x in said)
         share = len(t) / len(h_target)
         (loss * share).backward()
         cos = F.cosine_similarity(said[0].aligned.detach().float(), said[0].target, dim=-1).mean()
@@ -312,7 +315,7 @@ def train_epoch(self:HiddenAdapterTrainer, epoch, # 1, 2, …
 @patch
 def validate(self:HiddenAdapterTrainer)->dict:
     "`evaluate` on the validation pairs"
-    return evaluate(self.adapter, self.val, self.terms, self.head, self.team)
+    return evaluate(self.adapter, self.val, self.terms, self.head, self.team, self.loss_head)
 
 # %% ../nbs/02_train.ipynb #cell017
 def _shown(record): # of an epoch, for the bar

@@ -12,6 +12,14 @@ if "PYTEST_XDIST_WORKER" in os.environ: # a worker for each core: more threads t
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Neighbours go to one worker: what a module prepares for its tests is prepared once"
+    if config.getvalue("dist") == "load":
+        from xdist.scheduler import WorkStealingScheduling
+        return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(scope="module")
 def slow_pair():
     "The built-in pair on the library's forward"

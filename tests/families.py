@@ -15,10 +15,14 @@ PICTURES_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {% 
                      "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
 
 
-def tokenizer(specials=(), **named):
-    "Every byte a piece, then control tokens; ids in this order"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    t = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+NEVER = "ÀÁõö÷øùúûüýþÿ" # bytes that no text holds
+PAIRS = [(a, b) for a, b in ("th", "he", "in", "er", "wh", "at", "is", "it", "an", "re", "on", "ar", "Ġt")]
+
+def tokenizer(specials=(), other=False, **named):
+    "Every byte a piece, then control tokens; ids in this order. `other`: other ids, pairs of letters in place of some bytes"
+    pieces, pairs = sorted(pre_tokenizers.ByteLevel.alphabet()), PAIRS if other else []
+    if other: pieces = [c for c in reversed(pieces) if c not in NEVER] + [a + b for a, b in pairs]
+    t = Tokenizer(models.BPE({c: i for i, c in enumerate(pieces)}, pairs))
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in (BEGIN, END, PAD, *specials)])
     return T.PreTrainedTokenizerFast(tokenizer_object=t, bos_token=BEGIN, eos_token=END, pad_token=PAD, **named)
@@ -196,7 +200,7 @@ NAMED = { # what tokenizers of some families call their control tokens
     "PaliGemma": dict(image_token="<image>"), "Glm4v": dict(image_token="<|image_pad|>", video_token="<|video_pad|>")}
 
 
-def write_vision(name, folder, seed=0):
+def write_vision(name, folder, seed=0, other=False):
     "A vision-language model with its processor, built without torchvision"
     import json
     import transformers.models.smolvlm.processing_smolvlm as smol
@@ -211,7 +215,7 @@ def write_vision(name, folder, seed=0):
             if ("vision" in n or "visual" in n or "projector" in n) and p.ndim >= 2: p.mul_(4.)
             if n.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")): p.fill_(1.)
     named = NAMED.get(processor, {})
-    words = tokenizer(SPECIALS, **(dict(extra_special_tokens=named) if named else {}))
+    words = tokenizer(SPECIALS, other, **(dict(extra_special_tokens=named) if named else {}))
     template = PICTURES_TEMPLATE.replace("PLACE", place) if place else None
     _saved(lm, folder, words, template)
     getattr(T, f"{eyes}ImageProcessor")(**seen).save_pretrained(folder)

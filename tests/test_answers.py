@@ -305,8 +305,10 @@ def test_round_trip(tmp_path, name):
     log = read_answers(write_lines(tmp_path/name, GOOD, "", GOOD | {"clip_id": 8, "tokenizer_hash": "", "extra": [1]}))
     assert log.clip_ids == ["a", "8"] and log.target_texts[0] == GOOD["target_text"] and log.skipped == []
     log.tokenizer_hash = "abc"
+    log.sequences, log.spans, log.data = ["s", "s"], [(5, 9), (7, 11)], "set train"
     write_answers(tmp_path/"again.jsonl", log)
     again = read_answers(tmp_path/"again.jsonl")
+    assert again.recorded == {"a": ("s", (5, 9)), "8": ("s", (7, 11))} and again.data == "set train"
     assert again.tokenizer_hash == "abc" and again.target_texts == log.target_texts
     assert again.draft_ids[1].tolist() == [1, 2]
     assert NGramTable(again).tokenizer_hash == "abc"
@@ -388,6 +390,7 @@ def test_table_file(tmp_path):
     for a in random_answers(20, rng, vocab=8):
         assert again.propose(a, 6) == table.propose(a, 6) and (again.smoothed(a, 9) == table.smoothed(a, 9)).all()
     with pytest.raises(FeatsdError, match="tokenizer abc, expected xyz"): NGramTable.load(p, tokenizer_hash="xyz")
+    assert again.made_from == {}
     with pytest.raises(FeatsdError, match="at most 10"): NGramTable.load(p, max_bytes=10)
     with pytest.raises(FileNotFoundError): NGramTable.load(tmp_path/"none")
 

@@ -20,7 +20,7 @@ from patience import HANG, gone, until
 from test_decode import EXACT, PATHS, TableDraft, TableTarget, distance, own_law
 
 from featsd.asynchronous import (
-    Coupled, Pace, Partner, Scribe, SharedNoise, ask_settings, asked_sampling, serve, speculative_decode_async)
+    Coupled, Duty, Pace, Partner, Scribe, SharedNoise, ask_settings, asked_sampling, serve, speculative_decode_async)
 from featsd.base.core import FeatsdError
 from featsd.base.wire import (
     Host, Link, Message, decode_message, encode_message, find_store, join_host, listen, open_store)
@@ -34,6 +34,15 @@ ASKED = Prompt(SimpleNamespace(clip_id="clip"), question="what?")
 class Eager(Pace):
     "Takes what is there: which tokens are verified is the schedule's choice alone"
     def choose(self, have): return min(have, self.gamma)
+
+
+class Moody(Duty):
+    "Asks the other side, or does not, for no reason"
+    def __init__(self, rng): self.on, self.rng = rng.random() < .5, rng
+    def took(self, *_):
+        change = self.rng.random() < .4
+        self.on ^= change
+        return change
 
 
 class Wire:
@@ -78,12 +87,13 @@ class Fickle(TableDraft):
         return Draft([] if token == 2 and self.rng.random() < .5 else [token])
 
 
-def async_law(target, script, order=None, L=3, scribe=Scribe, warp=(1., 0, 1.)):
+def async_law(target, script, order=None, L=3, scribe=Scribe, warp=(1., 0, 1.), mood=None):
     def run(sampling):
         sampling.at = 0
         side = scribe([Fickle(target, random.Random(7))], lambda key: ASKED, target.eos_ids)
         partner = Partner(Wire(side, script, order))
         partner.pace = Eager(partner.gamma)
+        if mood is not None: partner.duty = Moody(random.Random(mood))
         return speculative_decode_async(target, partner, ASKED, Coupled(sampling), L).ids
     return exact_law(run, EveryWord(*warp))
 
@@ -107,6 +117,13 @@ def test_an_order_that_reads_the_words_cannot_change_the_law():
     for word in range(3):
         law = async_law(target, (3, 3, 3), lambda new, old, word=word: [m for m in new if m.ids != [word]])
         assert distance(law, own_law(target, EveryChoice(), 3)) <= EXACT
+
+
+@pytest.mark.parametrize("mood", range(4))
+def test_whether_it_is_asked_cannot_change_the_law(mood):
+    target = TableTarget(5)
+    law = async_law(target, (1, 3, 1), mood=mood)
+    assert distance(law, own_law(target, EveryChoice(), 3)) <= EXACT
 
 
 def test_a_rule_that_lets_drafts_decide_is_caught(monkeypatch):
@@ -159,6 +176,7 @@ def test_any_schedule_gives_plain_decodings_ids():
         wire = Wire(scribe, [rng.choice((0, 0, 1, 2, 5, 20)) for _ in range(60)], order)
         partner = Partner(wire, gamma=rng.choice((1, 3, 15)))
         if n % 4: partner.pace = Eager(partner.gamma)
+        if n % 5 == 0: partner.duty = Moody(rng)
         got = speculative_decode_async(target, partner, ASKED, Greedy(), 12)
         assert got.ids == plain(target, 12), n
         assert sum(got.accepted) == sum(got.from_draft) or got.ids[-1] in target.eos_ids
@@ -192,6 +210,50 @@ def test_pace_learns_what_to_verify():
         partner.pace = pace
         partner.ask(7, Greedy(), 50)
         assert partner.asked.ids[:2] == [50, ahead], pace.alpha
+
+
+def test_who_is_not_worth_its_way_is_not_asked():
+    "A token with it takes 11, alone 10: it is asked seldom, ever more seldom; when it takes 4, always"
+    duty, on = Duty(), []
+    for _ in range(4000):
+        on.append(duty.on)
+        duty.took(1, 11. if duty.on else 10., 10.)
+    assert sum(on[:1000]) < 200 and sum(on[2000:]) < 100
+    duty, on = Duty(), []
+    for _ in range(400):
+        on.append(duty.on)
+        duty.took(1, 4., 10.)
+    assert all(on)
+    for _ in range(3000):
+        on.append(duty.on)
+        duty.took(1, 8. if duty.on else 10., 10.)
+    assert sum(on[-2000:]) > 1900
+
+
+def test_what_was_not_asked_is_asked_again_when_it_comes_back():
+    "Another life, or a word after a silence; the hook that gives the other core away hears of every turn"
+    class Right(TableDraft):
+        def propose(self, gamma): return Draft([int(self.table.logits(self.ids).argmax())])
+    target, side = TableTarget(2, 5), Scribe([Right(TableTarget(2, 5))], lambda key: ASKED, ())
+    class Once(Duty):
+        "Gives up after twenty cycles"
+        cycles = 0
+        def took(self, *_):
+            self.cycles += 1
+            if self.cycles == 20: self.on = False
+            return self.cycles == 20
+    wire, took = Wire(side, []), []
+    partner = Partner(wire, alone=took.append)
+    partner.duty = Once()
+    decode = lambda: speculative_decode_async(target, partner, ASKED, Greedy(), 40)
+    ids = decode().ids
+    assert not partner.duty.on and partner.silent and took == [False, True]
+    assert decode().ids == ids and took[-1] and side.answer == 1 # it was not asked
+    wire.fresh.append(Message("draft", 1, 0, 0, [1]))
+    assert decode().ids == ids and partner.duty.on and not took[-1] and side.answer == partner.answer
+    partner.duty.on, partner.host = False, Wire(side, [5] * 99) # another life
+    got = decode()
+    assert got.ids == ids and partner.duty.on and sum(got.accepted) > 0
 
 
 def test_settings_cross_the_wire():

@@ -383,6 +383,22 @@ def test_an_adapter_of_other_layers_is_said_to_be_unfitted(monkeypatch):
     assert [x.startswith(said) for x in lines] == [True]
 
 
+def test_a_table_says_whose_words_it_holds(tmp_path, caplog):
+    a = Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""], "t",
+                models={"target": "aaaa fp32 mine"}, data="roads train")
+    target = NS(name="yours", model_hash="bbbb", quant="fp32", tokenizer_hash="t")
+    makers.NGramTable(a).save(tmp_path/"table.safetensors")
+    makers.fit_words(tmp_path/"table.safetensors", ["q"], target, asked="roads test")
+    said, = [r.getMessage() for r in caplog.records]
+    assert "another target, yours (bbbb)" in said and "table.safetensors was made with, mine (aaaa)" in said
+    makers.write_answers(tmp_path/"log.jsonl", a)
+    target.model_hash = "aaaa"
+    for name in ("table.safetensors", "log.jsonl"):
+        caplog.clear()
+        makers.fit_words(tmp_path/name, ["q"], target, asked="roads train")
+        assert f"{name}: words about roads train, and roads train is asked" in caplog.text
+
+
 def test_words_of_another_tokenizer_and_clips_in_two_roles(tmp_path, monkeypatch):
     monkeypatch.setenv("FEATSD_HOME", str(tmp_path/"home"))
     a = Answers(["c"], ["q"], [np.array([1])], [np.array([1, 2])], [""], [""], "theirs")

@@ -331,7 +331,7 @@ def able(pair, kit, tmp_path_factory):
     return replace(kit, adapter=load_any_adapter(run["best_model"])[0].eval(), own=own, event=event)
 
 
-PROMPTS = int(os.environ.get("FEATSD_PROMPTS", "1000")) # a multiple of 200
+PROMPTS = int(os.environ.get("FEATSD_PROMPTS", "1000"))
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def thousand(pair):
     "1,000 prompts (or FEATSD_PROMPTS) in blocks of 200, with the target's greedy answers, whole"
     many, out = open_clips("pocket", "test", 100), []
     for at in range(0, PROMPTS, 200):
-        block = [encode_prompt(pair, many[i // 10], many.questions[i % 10]) for i in range(at, at + 200)]
+        block = [encode_prompt(pair, many[i // 10], many.questions[i % 10]) for i in range(at, min(at + 200, PROMPTS))]
         out.append((block, [a.ids.tolist() for a in pair.target.generate([p.target for p in block])]))
     return out
 

@@ -149,10 +149,11 @@ def test_lean_where_embeddings_are_all_the_decoder_gets(name, tmp_path):
     fast.prove(c.clips[0], c.questions)
 
 
-def pair_of(folder, draft, target):
+def pair_of(folder, draft, target, other=False): # other: the draft has a tokenizer of its own
     "A pair by its two folders, in one line as a command takes it"
     for name, where, seed in ((draft, "d", 1), (target, "t", 2)):
-        (write_text if name in TEXT else write_vision)(name, folder/where, seed=seed)
+        own = {"other": True} if other and where == "d" else {}
+        (write_text if name in TEXT else write_vision)(name, folder/where, seed=seed, **own)
     asked = lambda name, options: f"?{options}" if name in VISION else ""
     shown = dict(draft="sensor=events&pictures=2", target="sensor=frames&frames=2")
     return f"draft={folder}/d{asked(draft, shown['draft'])},target={folder}/t{asked(target, shown['target'])}"
@@ -180,12 +181,38 @@ def whole_chain(pair, out, draft_layers=None):
 
 CHAINS = [("qwen2_vl", "qwen2_5_vl", None), ("gpt2", "qwen2", None),
           *(pytest.param(*c, marks=pytest.mark.slow) for c in (
-              ("idefics3", "llava_onevision", None), ("qwen3_vl", "qwen3_vl", 1), ("gemma3", "mllama", None),
+              ("idefics3", "llava_onevision", "other"), ("qwen3_vl", "qwen3_vl", 1), ("gemma3", "mllama", None),
               ("qwen2", "qwen2_5_vl", None), ("mamba", "qwen3_5", None)))]
 
 
-@pytest.mark.parametrize("draft, target, layers", CHAINS)
-def test_the_whole_chain(draft, target, layers, tmp_path): whole_chain(pair_of(tmp_path, draft, target), tmp_path, layers)
+@pytest.mark.parametrize("draft, target, how", CHAINS) # how: layers of the draft, or another tokenizer
+def test_the_whole_chain(draft, target, how, tmp_path):
+    other = how == "other"
+    compared = whole_chain(pair_of(tmp_path, draft, target, other), tmp_path, None if other else how)
+    assert (compared.made[0].shared_vocab is None) == other
+
+
+@pytest.mark.slow
+def test_a_file_of_prompts_from_answers_to_a_comparison(tmp_path):
+    "A data set without sensors: each prompt asks its own text, by category, with a head over a short list"
+    file, pair = tmp_path/"prompts.jsonl", pair_of(tmp_path, "qwen2", "qwen2")
+    rows = [{"question_id": i, "category": f"c{i % 2}", "turns": [f"What is {i} and {i + 1}?"]} for i in range(20)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    train = extract(tmp_path/"states", file, pair, quant="fp32", max_new_tokens=8, progress=False, draft_layers=1)
+    made = open_states(train)
+    assert len(made) == 14 and made.pairs[3].clip_id == "c1/3"
+    run = train_adapter(made, None, "own", num_epochs=1, short_list=50, output_dir=tmp_path/"run", progress=False)
+    c = run_comparison(pair, ("lookup", "own"), HeldOut(file, clips=2),
+                       Fitting([run["best_model"]], words=train, dynamic=False, short_list=50),
+                       Procedure(gammas=(3,), max_new_tokens=8, plain_runs=1), out=tmp_path/"comparison", progress=False,
+                       say=lambda text: None)
+    assert {r.name for r in c.rows} == {"lookup", "own", "own, short"} and all(r.identical == 2 for r in c.rows)
+    assert set(c.questions) == {"c0", "c1"} and c.transformers["lookup"]["identical"] == 2
+    assert any("own prompt lookup, γ 3" in line for line in c.verdict())
+    model = c.made[0].target
+    asked = model.encode(None, "What is 3 and 4?").inputs["input_ids"]
+    own = model.lm.generate(asked, max_new_tokens=8, do_sample=False)[0, asked.shape[1]:]
+    assert made.target_ids(3).tolist() == own.tolist()
 
 
 def test_killed_and_resumed_the_bytes_are_the_same(tmp_path):

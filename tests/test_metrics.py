@@ -562,7 +562,7 @@ def test_to_a_folder_as_a_user_runs_it(stores, tmp_path):
     assert m["cos_sim_mean"] == m["streams"]["draft_forced"]["cos_sim_mean"]
     page = (tmp_path/"out"/"metrics.html").read_text()
     assert page.count("plotly.js v") == 1 and "<script src=" not in page
-    assert page.count("<figure data-figure>") == 3 == page.count("Look at") + page.count("Move the threshold")
+    assert page.count("<figure data-figure>") == 3 == page.count("Look at") + page.count("Watch three things")
     report = (tmp_path/"out"/"report.txt").read_text()
     assert all(f"\n{k}. " in report for k in range(1, 9)) and "ridge regression" in report
     assert all((tmp_path/"out"/f).read_bytes()[:4] == b"\x89PNG" for f in files if f.endswith(".png"))

@@ -1,5 +1,7 @@
 "A head on the target's own states: it is told them, learns from them, drafts from them, and changes no token"
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from test_train import make_store
 import featsd.train as T
 from featsd.adapters import check_head, create_adapter, load_any_adapter
 from featsd.base.core import FeatsdError
+from featsd.data.answers import answers_of
 from featsd.data.clips import open_clips
+from featsd.data.feed import Feed
 from featsd.data.head import Head, RMSNorm
+from featsd.data.store import open_states
 from featsd.decode import (
     Cosine, Draft, Drafter, Prompt, Sampled, Sampling, certify, encode_prompt, plain_decode, speculative_decode,
     speculative_decode_batch)
@@ -19,8 +24,10 @@ from featsd.drafters import Cascade, Kit, make_drafter
 from featsd.files import verify_files
 from featsd.fit import adapters_of
 from featsd.generate import assisted_generate
-from featsd.own import HeadSteps
-from featsd.train import objective, train_adapter
+from featsd.models.words import NGramTable, frequent_ids
+from featsd.nulls import measure
+from featsd.own import HeadSteps, shorter
+from featsd.train import evaluate, objective, train_adapter
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +94,11 @@ def lin(x, w, name): return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 def norm(x, w, name): return F.layer_norm(x, (x.shape[-1],), w[f"{name}.weight"], w[f"{name}.bias"])
 
 
-def layer_by_formula(x, w, p, heads, last=4):
-    "The layer written a second time: position by position, head by head"
+def layer_by_formula(x, w, p, heads, last=4, past=None):
+    "The layer written a second time: position by position, head by head; keys and values of x, or of `past`"
     T, W = x.shape
-    q, k, v = (norm(x, w, f"{p}.attn_norm") @ w[f"{p}.attn.in_proj_weight"].T + w[f"{p}.attn.in_proj_bias"]).split(W, -1)
+    three = lambda x: norm(x, w, f"{p}.attn_norm") @ w[f"{p}.attn.in_proj_weight"].T + w[f"{p}.attn.in_proj_bias"]
+    (q, *_), (_, k, v) = (three(y).split(W, -1) for y in (x, x if past is None else past))
     y = torch.zeros_like(x)
     for t in range(T):
         for s in range(0, W, W // heads):
@@ -127,19 +135,21 @@ def test_l5f_is_the_formula():
     near(f(e[None], v[None])[0], v + w["alpha"] * (lin(norm(x, w, "output_norm"), w, "output_proj") - v), 20 * D)
 
 
-@pytest.mark.parametrize("level", ["own", "own+event"])
-def test_passes_are_what_a_decoder_would_see(level):
+@pytest.mark.parametrize("level, kw", [("own", {}), ("own+event", dict(bottleneck_dim=8)),
+                                       ("own+event", dict(bottleneck_dim=8, cross=True))])
+def test_passes_are_what_a_decoder_would_see(level, kw):
     "Slow reference: for every start true states up to it, then own outputs, each time a whole forward from nothing"
     head, T, steps = head_of(), 7, 3
-    f = randomised(level, 12 if level != "own" else D, D, inner_dim=24, **({} if level == "own" else dict(bottleneck_dim=8)))
+    f = randomised(level, 12 if level != "own" else D, D, inner_dim=24, **kw)
     check_head(f, head)
     h, ids, e = torch.randn(1, T, D), torch.randint(V, (1, T)), torch.randn(1, T, 12)
     w = f.state_dict()
     with torch.no_grad():
         told, passes = f.inputs(ids, e)[0], list(f.passes(h, ids, steps, e))
         def out(states): # [n, D] of positions 0..n-1
-            x = lin(states, w, "from_state") + told[:len(states)]
-            x = layer_by_formula(x, w, "layers.0", 4)
+            x, past = lin(states, w, "from_state") + told[:len(states)], None
+            if f.cross: x, past = f.from_event(f.event(e[0, :len(states)])), x
+            x = layer_by_formula(x, w, "layers.0", 4, past=past)
             return lin(norm(x, w, "out_norm"), w, "out")
         for start in range(T):
             states = h[0, :start + 1]
@@ -171,7 +181,8 @@ def test_tokens_in_a_row_are_counted_as_a_decoder_counts():
 
 
 @pytest.mark.parametrize("level, kw", [(5, {}), (5, dict(vlm_only=True)), ("5F", {}), ("own", {}),
-                                       ("own+event", dict(bottleneck_dim=8)), ("own", dict(inner_dim=24, num_layers=2))])
+                                       ("own+event", dict(bottleneck_dim=8)), ("own", dict(inner_dim=24, num_layers=2)),
+                                       ("own+event", dict(bottleneck_dim=8, cross=True))])
 def test_they_come_back_from_their_files(level, kw, tmp_path):
     dims = (12, D) if level == "own+event" else (D,)
     f = randomised(level, *dims, head_hash=head_of().hash, **kw)
@@ -252,6 +263,34 @@ def test_bad_settings_are_one_line(kw, says, store, tmp_path):
     assert "\n" not in str(e.value) and not (tmp_path/"x").exists()
 
 
+def test_losses_over_a_short_list_are_those_of_the_laws_over_it(store, tmp_path):
+    states, head = open_states(store), open_states(store).head()
+    ids = torch.from_numpy(frequent_ids(answers_of(states), 9, head.vocab_size))
+    said = torch.bincount(torch.cat([torch.as_tensor(a) for a in answers_of(states).target_ids]), minlength=head.vocab_size)
+    assert len(set(ids.tolist())) == 9 and said[ids].min() >= said[[i for i in range(len(said)) if i not in ids]].max()
+    a, t = torch.randn(2, 7, head.hidden_size, generator=torch.Generator().manual_seed(0))
+    p, q = (head.logits(x)[:, ids].log_softmax(-1) for x in (t, a))
+    near(objective([(1., "kl")], a, t, shorter(head, states, 9, "kl")), (p.exp() * (p - q)).sum(-1).mean(), 64)
+    assert shorter(head, states, 0, "ce") is head
+    kw = dict(adapter_level="own", num_epochs=1, val_split=.2, progress=False, output_dir=tmp_path, short_list=9)
+    run = train_adapter(store, loss="kl", **kw)
+    assert json.loads((Path(run["folder"])/"config.json").read_text())["training"]["short_list"] == 9
+    with pytest.raises(FeatsdError, match="short_list 9: expected a loss between two laws"):
+        train_adapter(store, loss="kl+.1*ce", **kw)
+    with pytest.raises(FeatsdError, match="fewer than the vocabulary has"):
+        train_adapter(store, loss="kl", **kw | {"short_list": 10**6})
+
+
+@pytest.mark.parametrize("level", [5, "5F"])
+def test_measuring_says_whether_an_output_names_the_next_token(level, store):
+    states = open_states(store)
+    f = randomised(level, states.manifest["target_dim"], head_hash=states.head().hash)
+    r = measure(f, states, n_boot=20, streams=("draft_forced",)).row(f"L{level}, next token")
+    kept = Feed(states, "draft_forced", 7, True)
+    assert r.kind == "adapter"
+    near(r.values["token_top1"].value, evaluate(f, kept, [(1., "mse_cos")], states.head())["val_next_top1"], 64)
+
+
 def test_a_store_without_head_is_refused(tmp_path):
     bare = make_store(tmp_path/"s", keep_head=False)
     with pytest.raises(FeatsdError, match="own with loss mse_cos needs the target's head, found none"):
@@ -261,14 +300,14 @@ def test_a_store_without_head_is_refused(tmp_path):
 
 
 def heads(pair, **kw):
-    return {k: randomised(n, 128, 128, head_hash=pair.target.head.hash, **kw) for k, n in (("own", "own"),
-                                                                                         ("event", "own+event"))}
+    made = lambda level, **more: randomised(level, 128, 128, head_hash=pair.target.head.hash, **more)
+    return {"own": made("own"), "event": made("own+event", **kw)}
 
 
-@pytest.mark.parametrize("field", ["own", "event"])
-def test_its_memory_follows_what_stands(field, pair, prompts, plain):
+@pytest.mark.parametrize("field, kw", [("own", {}), ("event", {}), ("event", dict(cross=True))])
+def test_its_memory_follows_what_stands(field, kw, pair, prompts, plain):
     "After every cycle its law is the one of a fresh head that reads only true states"
-    f = heads(pair)[field]
+    f = heads(pair, **kw)[field]
     drafter = make_drafter({"own": "own", "event": "own+event"}[field], Kit(pair, **{field: f}))
     for gamma in (1, 4):
         assert speculative_decode(pair.target, drafter, prompts[0], gamma).ids == plain[0]
@@ -300,6 +339,26 @@ def test_the_law_it_hands_over_is_the_one_it_draws_from(name, pair, prompts):
     for i, t in enumerate(draft.ids):
         near(draft.probs[i], warm.law(fresh.logits(z))[0], 16 * 7 * 128)
         z = fresh.go_on(z, torch.tensor([t]), e[3 + i:4 + i])
+
+
+@pytest.mark.parametrize("name", ["aligned", "own", "fused-event"])
+def test_a_short_list_changes_the_law_and_no_token(name, pair, prompts, plain):
+    table = {p.question: NGramTable([ids]) for p, ids in zip(prompts, plain)}
+    adapter = create_adapter(1, 128, bottleneck_dim=8, head_hash=pair.target.head.hash)
+    kit = Kit(pair, adapter, table, **heads(pair))
+    ids = torch.tensor([5, 3, *range(40, 60)])
+    whole, short = make_drafter(name, kit), make_drafter(name, replace(kit, short=ids))
+    assert speculative_decode(pair.target, short, prompts[0], 4).ids == plain[0]
+    for d in (whole, short): d.start(prompts[0], Sampling(1., seed=0))
+    h = pair.target.forced([prompts[0].target], [torch.tensor(plain[0][:3])])[0]
+    for d in (whole, short): d.accept(plain[0][:2], plain[0][2], h)
+    text = plain[0][:3]
+    z, few = (d.logits(d.reader.at(text), text) for d in (whole, short))
+    near(few[:, ids], z[:, ids], 16 * 7 * 128)
+    rest = torch.ones(z.shape[1], dtype=torch.bool).index_fill(0, ids, False)
+    assert few[:, rest].eq(-torch.inf).all() and short.weights_read() < whole.weights_read()
+    draft = short.propose(3)
+    assert set(draft.ids) <= set(ids.tolist()) and draft.probs[:, rest].eq(0).all()
 
 
 def test_it_stops_where_it_is_unsure_and_has_states_for_the_lossy_mode(pair, prompts, plain):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from featsd.base.core import FeatsdError, say_once
-from featsd.data.frames import Clip, frame_indices, read_folder, read_frame, read_video, seen_frames
+from featsd.data.frames import Clip, even_frames, frame_indices, read_folder, read_frame, read_video, seen_frames
 
 
 @pytest.fixture(autouse=True)
@@ -97,18 +97,22 @@ def test_films_joined_end_to_end_are_read_to_the_end(tmp_path, caplog):
     assert both >= 2 * one - 2 and "starts again 1 times" in caplog.text
 
 
-def test_frames_far_apart_are_said(tmp_path, caplog):
+def test_uneven_films_are_read_by_time(tmp_path, caplog):
     av = pytest.importorskip("av")
     with av.open(str(tmp_path/"v.mkv"), "w") as out:
         s = out.add_stream("libx264", rate=20, options={"bf": "0"})
         s.width, s.height, s.pix_fmt = 48, 32, "yuv420p"
-        for at in (0, 1, 2, 3, 4, 30):
-            f = av.VideoFrame.from_ndarray(corner(), format="rgb24")
+        for k, at in enumerate((0, 1, 2, 3, 4, 30)):
+            f = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 + 40 * k, np.uint8), format="rgb24")
             f.pts = at
             out.mux(s.encode(f))
         out.mux(s.encode(None))
-    read_video(tmp_path/"v.mkv")
-    assert "chosen by number" in caplog.text
+    frames, total = read_video(tmp_path/"v.mkv")
+    assert total == 31 and "chosen by time" in caplog.text # as many as a film of that rate would have
+    grey = frames.reshape(8, -1).mean(1)
+    assert np.abs(grey - [20, 180, 180, 180, 180, 180, 180, 220]).max() < 8 # what is to be seen then
+    assert even_frames("v", [0, 33, 67, 100]) == [0, 1, 2, 3]
+    with pytest.raises(FeatsdError, match="frames; cut it"): even_frames("v", [0, 1, 2, 10**8])
 
 
 def test_a_model_takes_its_own_frames_or_says_that_they_are_missing(tmp_path):

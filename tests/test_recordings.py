@@ -10,13 +10,16 @@ from test_commands import run
 from tiny_checkpoints import write_eventgpt, write_videollava
 
 from featsd.base.core import FeatsdError, say_once
+from featsd.compare import Fitting, HeldOut, run_comparison
 from featsd.data.acceptance import acceptance_of, is_acceptance
 from featsd.data.answers import read_answers
 from featsd.data.build import build_dataset
 from featsd.data.clips import LISTING, open_clips, shown_to
 from featsd.data.events import read_events
 from featsd.data.store import open_states
+from featsd.extract import extract
 from featsd.models.backbone import load_backbone, load_pair
+from featsd.race import Procedure
 
 h5py = pytest.importorskip("h5py")
 
@@ -207,10 +210,15 @@ def test_an_output_that_cannot_be_written_is_said_first(tmp_path):
 
 
 # ---- EvQA
-def test_evqa_becomes_a_data_set(tmp_path):
-    rows = []
+OWN = ("Where does it go?",), ("What blinks?",), ("Where does it go?", "Who is there?") # of each sequence
+PAIR = "draft={0}/eg?max_duration_us=none,target={0}/vl?frames=2"
+
+
+@pytest.fixture(scope="module")
+def evqa(tmp_path_factory):
+    root, rows = tmp_path_factory.mktemp("evqa"), []
     for k, both in enumerate((True, False, True)):
-        file = tmp_path/"evqa/h5_files/set"/f"part/seq{k}.h5"
+        file = root/"h5_files/set"/f"part/seq{k}.h5"
         file.parent.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(k)
         t = np.sort(rng.integers(10**9, 10**9 + 10**6, 3000)).astype(np.uint64)
@@ -221,17 +229,66 @@ def test_evqa_becomes_a_data_set(tmp_path):
             for i in range(20 * both):
                 d = f.create_dataset(f"images/image{i:09d}", data=np.full((30, 40), 10 * i, np.uint8))
                 d.attrs["timestamp"], d.attrs["event_idx"] = 10**9 + 50_000 * i, 0
-        rows.append({"dataset_name": "set", "file_path": f"part/seq{k}.h5", "question": "Where does it go?",
-                     "choices": ["left", "right", "up", "down"], "answer": "A"})
-    (tmp_path/"evqa/questions").mkdir()
-    (tmp_path/"evqa/questions/q.json").write_text(json.dumps({"questions": rows}))
-    for choices, question in ((False, "Where does it go?"), (True, "Where does it go? (A) left (B) right (C) up "
-                                                                  "(D) down Answer with the letter.")):
-        out = tmp_path/f"ds{choices}"
-        built = build_dataset([tmp_path/"evqa"], out, duration="400ms", mp4=False, progress=False, choices=choices)
-        assert built.sequences == 2 and ("set_part_seq1", "no images: one sensor only") in built.skipped
-        data = open_clips(out)
-        assert data.questions == [question] and len(data) == built.clips > 4
-        clip = data[1]
-        assert clip.events.t[0] >= 10**9 + 200_000 and clip.meta["total_frames"] == 8
-        assert clip.frames[0, 0, 0, 0] == 40 and clip.sequence == "set_part_seq0"
+        rows += [{"dataset_name": "set", "file_path": f"part/seq{k}.h5", "question": q,
+                  "choices": ["left", "right", "up", "down"], "answer": "A"} for q in OWN[k]]
+    (root/"questions").mkdir()
+    (root/"questions/q.json").write_text(json.dumps({"questions": rows}))
+    return root
+
+
+def built(evqa, out, split="train", **more):
+    return build_dataset([evqa], out, duration="400ms", mp4=False, progress=False, split=split, **more)
+
+
+def test_evqa_becomes_a_data_set(evqa, tmp_path):
+    said = built(evqa, tmp_path)
+    assert said.sequences == 2 and ("set_part_seq1", "no images: one sensor only") in said.skipped
+    data = open_clips(tmp_path)
+    assert len(data) == said.clips == 6
+    clip = data[1]
+    assert clip.events.t[0] >= 10**9 + 200_000 and clip.meta["total_frames"] == 8
+    assert clip.frames[0, 0, 0, 0] == 40 and clip.sequence == "set_part_seq0"
+    assert [c.meta["questions"] for c in data] == [[*OWN[0]]] * 3 + [[*OWN[2]]] * 3
+    again = built(evqa, tmp_path, choices=True) # the clips are the same
+    choices = " (A) left (B) right (C) up (D) down Answer with the letter."
+    assert again.made == 0 and open_clips(tmp_path)[0].meta["questions"] == [OWN[0][0] + choices]
+    built(evqa, tmp_path/"all", questions=["Who?"])
+    assert open_clips(tmp_path/"all").questions == ["Who?"] and "questions" not in open_clips(tmp_path/"all")[0].meta
+    rows = json.loads((tmp_path/LISTING).read_text())
+    (tmp_path/LISTING).write_text(json.dumps([*rows, rows[0] | {"questions": ["Another?"]}]))
+    with pytest.raises(FeatsdError, match="entry 6: .* other questions"): open_clips(tmp_path)
+
+
+def test_every_clip_is_asked_its_own_questions(evqa, models, tmp_path):
+    built(evqa, tmp_path/"ds")
+    pair = load_pair(PAIR.format(models))
+    made = dict(dataset_dir=tmp_path/"ds", pair=pair, duration="400ms", quant="fp32", max_new_tokens=3, progress=False)
+    whole = open_states(extract(tmp_path/"whole", **made))
+    want = [(f"set_part_seq{k}/{i:06d}", q) for k in (0, 2) for i in range(3) for q in OWN[k]]
+    assert [(p.clip_id, p.question) for p in whole.pairs] == want
+    assert whole.manifest["questions"] == [*OWN[2]] and whole.manifest["questions_a_clip"] == 2
+    few, store = dict(made, chunk_size=3, batch_clips=2), tmp_path/"parts"
+    extract(store, max_samples=4, **few) # chunks end inside a clip, and grow
+    parts = open_states(extract(store, **few))
+    assert [(p.clip_id, p.question_idx, p.question) for p in parts.pairs] == \
+        [(p.clip_id, p.question_idx, p.question) for p in whole.pairs]
+    assert all((parts.target_ids(i) == whole.target_ids(i)).all() for i in range(len(want)))
+    with pytest.raises(FeatsdError, match="this store was made with"): extract(store, max_questions=1, **few)
+    rows = json.loads((tmp_path/"ds"/LISTING).read_text())
+    rows[0]["questions"] = ["Another?"]
+    (tmp_path/"ds"/LISTING).write_text(json.dumps(rows))
+    with pytest.raises(FeatsdError, match="dataset = "): extract(store, **few) # another question is another data set
+
+
+def test_a_comparison_asks_each_clip_its_own_questions(evqa, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATSD_HOME", str(tmp_path/"home"))
+    built(evqa, tmp_path/"ds")
+    rows = json.loads((tmp_path/"ds"/LISTING).read_text())
+    for r in rows: r["split"] = "test" if "seq2" in r["id"] else "train"
+    (tmp_path/"ds"/LISTING).write_text(json.dumps(rows))
+    held, how = HeldOut(str(tmp_path/"ds"), clips=2), Procedure((2,), 3, plain_runs=1, transformers=False)
+    c = run_comparison(PAIR.format(models), ["ngram", "template"], held, Fitting(), how, tmp_path/"out",
+                       progress=False, say=lambda *_: None)
+    assert c.questions == [*OWN[2]] * 2 and not any(r.broken for r in c.rows)
+    (words,) = (tmp_path/"home/words").glob("*.jsonl")
+    assert read_answers(words).questions == [*OWN[0]] * 3

@@ -16,7 +16,8 @@ import torch
 from patience import HANG
 from torch import nn
 
-from featsd.base.core import FeatsdError
+from featsd.base.core import FeatsdError, say_once
+from featsd.base.processes import Claims, Launch
 from featsd.data.chunk import chunk_file, expected_bytes, head_agreement, pack_chunk, write_tensors
 from featsd.data.chunk import PairStates, StoreError
 from featsd.data.store import (
@@ -755,21 +756,26 @@ def test_flat_batches_are_the_unmasked_rows(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ("bf16", "fp16", "fp32", "fp8"))
-def test_rows_read_into_memory_are_those_of_the_mapping(tmp_path, dtype):
+def test_rows_are_read_again_after_their_memory_was_given_back(tmp_path, dtype):
+    from safetensors.torch import load_file
+
+    from featsd.data.chunk import decode_rows
+    from featsd.data.chunk import fill as copy
     fill(tmp_path/"s", manifest=SETTINGS | dict(dtype=dtype))
     states = open_states(tmp_path/"s")
-    rows = states.source.open(1)
-    n = sum(p.n_target for p in states.pairs[SIZE:2 * SIZE])
-    if dtype == "fp8": assert rows.dtype is None
-    else:
-        to = torch.empty(n - 3, 16, dtype=rows.dtype)
-        assert rows.read_into("target", 2, to[1:]) is not None and torch.equal(to[1:], rows("target", 2, n - 2))
-        # under an open file
-        os.truncate(chunk_file(states.path, SIZE), os.path.getsize(chunk_file(states.path, SIZE)) // 2)
-        with pytest.raises(StoreError, match="chunk_000004.safetensors: expected .* more bytes, found its end"):
-            for s in states.manifest["streams"]:
-                rows.read_into(s, 0, torch.empty(n, rows.manifest["target_dim" if s == "target" else "draft_dim"],
-                                                 dtype=rows.dtype))
+    rows, file = states.source.open(1), chunk_file(states.path, SIZE)
+    want = load_file(file)
+    for s in states.manifest["streams"]:
+        x = decode_rows(want[s], want.get(s + "_scale"))
+        for _ in range(2):
+            assert torch.equal(rows(s, 0, len(x)), x) and torch.equal(rows(s, 1, len(x) - 1), x[1:-1])
+            rows.release(s, 0, len(x))
+        to = torch.empty(len(x), x.shape[1])
+        assert copy(to, s, [(rows, 0, len(x))], block_bytes=64) and torch.equal(to, x.float())
+    assert rows("target", 3, 3).shape == (0, 16)
+    os.truncate(file, os.path.getsize(file) // 2) # under an open file
+    with pytest.raises(StoreError, match="chunk_000004.safetensors: expected .* bytes, found .*cut while it is read"):
+        rows("target", 0, 1)
 
 
 def test_one_very_long_answer_does_not_swell_every_row_of_its_batch(tmp_path, monkeypatch):
@@ -814,3 +820,18 @@ def test_rows_that_are_not_finite_are_left_out_in_every_pass(tmp_path, flat, mon
         assert states.nan_rows == 2 and sum(int(b.mask.sum()) for b in got) == total - 2
         for b in got: assert b.h_target.isfinite().all() and b.h_draft.isfinite().all()
         if flat: assert sum(len(b.h_draft) for b in got) == total - 2
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def none(*_): raise OSError(9, "Bad file descriptor")
+    monkeypatch.setattr("fcntl.flock", none)
+    monkeypatch.setattr("fcntl.lockf", none)
+    for group in (None, "launch-1"):
+        say_once.cache_clear()
+        lock = StoreLock(tmp_path, group)
+        lock.share()
+        lock.close()
+        assert "no file locks here (Bad file descriptor); start one writer at a time" in caplog.text
+    claims = Claims(tmp_path, Launch(0, 2, 0, 2, "g"), [(0, 4)], lambda *_: False)
+    with pytest.raises(FeatsdError, match="no file locks here .* start one process"): next(iter(claims))
+    claims.close()

@@ -628,9 +628,9 @@ def test_a_step_in_blocks_is_the_step_of_the_whole_batch(monkeypatch):
         adapter = T.create_adapter(1, 16, bottleneck_dim=8, dropout=0.)
         feed = type("F", (), {"epoch": lambda self, seed: iter([(h, None, t, None)] * 3)})()
         def align(*batch): passes.append(len(batch[1])); return T.align(*batch)
-        vars(trainer).update(adapter=adapter, train=feed, terms=T.parse_loss("mse_cos"), head=None, device="cpu",
-                             settings=T.TrainSettings(learning_rate=1e-2, num_epochs=5), team=T.Team(), autocast=False,
-                             align=align,
+        vars(trainer).update(adapter=adapter, train=feed, terms=T.parse_loss("mse_cos"), head=None, loss_head=None,
+                             device="cpu", team=T.Team(), autocast=False, align=align,
+                             settings=T.TrainSettings(learning_rate=1e-2, num_epochs=5),
                              objective=T.objective, optimizer=torch.optim.SGD(adapter.parameters(), lr=1e-2))
         before = [p.detach().clone() for p in adapter.parameters()]
         return trainer.train_epoch(1), [p.detach() - q for p, q in zip(adapter.parameters(), before, strict=True)]

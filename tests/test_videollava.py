@@ -14,13 +14,14 @@ from patience import HANG
 from tiny_checkpoints import (QUESTION, SMALL, VISION, golden_tokenizer, random_clip, small_tokenizer, write_eventgpt,
                               write_tensors,
                               write_videollava)
+from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from featsd.base.core import FeatsdError
 from featsd.data.frames import frame_indices, read_folder, read_video
 from featsd.extract import extract, pair_states
 from featsd.models.backbone import Pair, load_backbone, memory_report
-from featsd.models.checkpoint import tensor_shapes
+from featsd.models.checkpoint import read_tokenizer, tensor_shapes
 from featsd.models.eventgpt import EventGPT
 from featsd.data.frames import clip_pixels
 from featsd.models.videollava import VideoLLaVA, video_prompt
@@ -122,6 +123,20 @@ def test_prompts(model):
     for tokens in (before, after, newline): assert 1 not in tokens[1:] and 2 not in tokens and max(tokens) < SMALL
     for bad in ("<video>", "what <video> is it"):
         with pytest.raises(FeatsdError, match="expected no <video>"): model.prompt(bad)
+
+
+def test_prompts_are_those_of_the_class_that_the_checkpoint_names(tmp_path):
+    write_videollava(tmp_path)
+    file = tmp_path/"tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizer"})) # as on the hub
+    own, study = load_backbone(tmp_path), load_backbone(f"{tmp_path}?prompt=study")
+    text = f"USER: <video>\n{QUESTION} ASSISTANT:"
+    for m, t in ((own, AutoTokenizer.from_pretrained(tmp_path)), (study, read_tokenizer(tmp_path))):
+        before, after = m.prompt(QUESTION)
+        assert [*before, m.video_id, *after] == [1, *t.encode(text, add_special_tokens=False)]
+    assert own.prompt(QUESTION) != study.prompt(QUESTION)
+    assert own.name == tmp_path.name and study.name.endswith("(prompt=study)") and own.model_hash != study.model_hash
+    assert own.tokenizer_hash == study.tokenizer_hash
 
 
 def test_real_ids_and_real_counts():

@@ -160,6 +160,9 @@ def plotly(self:Chart):
             for trace in _traces(s, colour, dash, bool(s.name) and s.name not in seen): fig.add_trace(trace, **at)
             seen.add(s.name)
         if pies[k]: continue
+        if not any(len(s.x) for s in panel.series):
+            fig.add_annotation(text="nothing was measured", x=.5, y=.5, xref="x domain", yref="y domain",
+                               showarrow=False, **at)
         fig.update_xaxes(title_text=panel.x, range=panel.xlim, **at)
         fig.update_yaxes(title_text=panel.y, range=panel.ylim, autorange="reversed" if _rows(panel) else None, **at)
         for axis, value, label in panel.marks:
@@ -241,6 +244,7 @@ def _finish(ax, panel):
     "Limits, grid and legend of axes whose series are drawn"
     from matplotlib.ticker import MaxNLocator
     lying, xs = _rows(panel), [v for s in panel.series for v in s.x]
+    if not xs: return ax.text(.5, .5, "nothing was measured", ha="center", transform=ax.transAxes)
     limits = {k: v for k, v in (("xlim", panel.xlim), ("ylim", panel.ylim)) if v}
     ax.set(xlabel=panel.x, ylabel=panel.y, **limits)
     _marks(ax, panel)

@@ -219,6 +219,9 @@ class Claims:
     def take(self, start)->bool: # False: another process has it in work
         try: fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, start)
         except (BlockingIOError, PermissionError): return False
+        except OSError as e: # a network's file system
+            raise FeatsdError(f"{self.file.parent}: no file locks here ({e.strerror}), so that several processes would "
+                              "do the same work; start one process, or write to a local disk") from None
         return True
 
     def close(self):

@@ -8,13 +8,13 @@ __all__ = ['MAX_ID', 'KEYS', 'STUDY_KEYS', 'id_lists', 'Answers', 'read_answers'
 
 # %% ../../nbs/data/answers.ipynb #cell002
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..base.core import FeatsdError, atomic_write, log, parse_json
-from .identity import model_ids
+from .identity import data_id, model_ids, split_order
 
 # %% ../../nbs/data/answers.ipynb #3d442d5f
 MAX_ID = 2**31 - 3   # ids above this are no token ids of any model
@@ -31,6 +31,7 @@ def id_lists(answers):
 # %% ../../nbs/data/answers.ipynb #cell005
 # of a JSONL record, and of `Answers`
 KEYS = ("clip_id", "question", "draft_ids", "target_ids", "draft_text", "target_text")
+_COLUMNS = ("clip_ids", "questions", "draft_ids", "target_ids", "draft_texts", "target_texts")
 
 @dataclass
 class Answers:
@@ -44,22 +45,30 @@ class Answers:
     tokenizer_hash: str = ""                     # of the tokenizer that both ids belong to, "" if the log does not say
     skipped: list = field(default_factory=list)  # one line per record that was left out
     models: dict = field(default_factory=dict)   # of `model_ids`, where the log says
+    sequences: list = field(default_factory=list) # str per record: the recording of its clip, where the log says
+    spans: list = field(default_factory=list)    # (first, last) µs per record: when in it, or ()
+    data: str = ""                               # data set and split of the clips, where the log says
 
     def __len__(self): return len(self.clip_ids)
 
     def __getitem__(self, where):
         pick = range(len(self))[where] if isinstance(where, slice) else np.arange(len(self))[np.atleast_1d(where)]
-        columns = (self.clip_ids, self.questions, self.draft_ids, self.target_ids, self.draft_texts, self.target_texts)
-        return Answers(*[[column[i] for i in pick] for column in columns], self.tokenizer_hash, list(self.skipped),
-                       dict(self.models))
+        columns = {k: getattr(self, k) for k in (*_COLUMNS, "sequences", "spans")}
+        some = {k: [column[i] for i in pick] for k, column in columns.items() if column}
+        return replace(self, **{k: [] for k in columns} | some, skipped=list(self.skipped), models=dict(self.models))
 
     @property
     def clips(self): return list(dict.fromkeys(self.clip_ids)) # distinct, in the order of the log
 
-    def split(self, fraction=.5): # (Answers of the first `fraction` of the clips, Answers of the others)
-        first = set(self.clips[:round(len(self.clips) * fraction)])
-        inside = np.array([c in first for c in self.clip_ids], dtype=bool)
-        return self[np.flatnonzero(inside)], self[np.flatnonzero(~inside)]
+    @property
+    def recorded(self): # {clip: (recording or "", span or ())}, in the order of the log
+        n = len(self)
+        when = zip(self.sequences or [""] * n, self.spans or [()] * n, strict=True)
+        return dict(zip(self.clip_ids, when, strict=True))
+
+    def split(self, fraction=.5): # (Answers of the first `fraction` of the clips, of the others), see `split_order`
+        parts = split_order(self.recorded, fraction)
+        return tuple(self[np.array([c in part for c in self.clip_ids], bool)] for part in parts)
 
     def by_question(self): # {question: Answers}
         return {q: self[[i for i, other in enumerate(self.questions) if other == q]]
@@ -137,12 +146,20 @@ def _study(log, n_ok=("eventgpt_success", "videollava_success")):
     for i, record in enumerate(log["results"]): yield f"results[{i}]", _told(record)
 
 # %% ../../nbs/data/answers.ipynb #records1
-def _made_by(record)->tuple: # tokenizer hash, JSON of the models
+def _made_by(record)->tuple: # tokenizer hash, JSON of the models, data
     "What a record says of the models behind it"
     models = record.get("models", {})
     if not isinstance(models, dict) or not all(isinstance(v, str) for v in models.values()) or len(models) > 2:
         raise ValueError(f"key 'models': expected texts by side, found {str(models)[:40]!r}")
-    return _text(record.get("tokenizer_hash", "")), json.dumps(models, sort_keys=True)
+    return _text(record.get("tokenizer_hash", "")), json.dumps(models, sort_keys=True), _text(record.get("data", ""))
+
+def _recorded(record)->tuple: # recording, span
+    "What a record says of when its clip was recorded"
+    span = record.get("span_us", [])
+    known = isinstance(span, list) and len(span) in (0, 2) and all(type(t) is int and abs(t) < 2**62 for t in span)
+    if not known or span != sorted(span):
+        raise ValueError(f"key 'span_us': expected two times, found {str(span)[:40]!r}")
+    return _text(record.get("sequence", "")), tuple(span)
 
 def _again(row, where, seen)->bool:
     "Is a record there already? Another answer to the same prompt is an error: greedy models give one"
@@ -178,7 +195,7 @@ def read_answers(path,                    # the study's JSON or our JSONL
             for where, record in _lines(f, 16 * 2**20) if ours else _study(_json(f.read())):
                 try:
                     if isinstance(record, ValueError): raise record
-                    row = _record(record, KEYS if ours else STUDY_KEYS, max_tokens)
+                    row = [*_record(record, KEYS if ours else STUDY_KEYS, max_tokens), *_recorded(record)]
                     models.add(_made_by(record))
                     if not _again(row, where, seen): rows.append(row)
                     else: skipped.append(f"{where}: the record of {seen[row[0], row[1]][0]} again, counted once")
@@ -194,13 +211,15 @@ def _log_of(path, rows, models, skipped):
     if not rows:
         raise FeatsdError(f"{path}: no record to use, {len(skipped)} bad ones" +
                           "".join(f"; {line}" for line in skipped[:1]))
-    for k, what in enumerate(("tokenizers", "pairs of models")):
+    for k, what in enumerate(("tokenizers", "pairs of models", "data sets")):
         if len(found := {m[k] for m in models}) > 1:
             raise FeatsdError(f"{path}: records of {len(found)} {what} {sorted(found)}; keep one of each per log")
-    tokenizer, models = models.pop()
+    tokenizer, models, data = models.pop()
     if twice := [line for line in skipped if line.endswith("counted once")]:
         log.warning(f"{path}: {len(twice)} records come twice, each is counted once; the first: {twice[0]}")
-    return Answers(*map(list, zip(*rows, strict=True)), tokenizer, skipped, json.loads(models))
+    *columns, sequences, spans = map(list, zip(*rows, strict=True))
+    return Answers(*columns, tokenizer, skipped, json.loads(models), sequences if any(sequences) else [],
+                   spans if any(spans) else [], data)
 
 # %% ../../nbs/data/answers.ipynb #cell013
 def write_answers(path,             # .jsonl
@@ -209,12 +228,15 @@ def write_answers(path,             # .jsonl
     "`answers` as JSONL in the schema above, atomically; `read_answers` gives the same back"
     extra = {"tokenizer_hash": answers.tokenizer_hash} if answers.tokenizer_hash else {}
     if answers.models: extra["models"] = answers.models
+    if answers.data: extra["data"] = answers.data
     with atomic_write(path, "w") as f:
-        columns = (answers.clip_ids, answers.questions, answers.draft_ids, answers.target_ids, answers.draft_texts,
-                   answers.target_texts)
-        for clip, question, draft, target, draft_text, target_text in zip(*columns, strict=True):
-            row = (clip, question, [int(i) for i in draft], [int(i) for i in target], draft_text, target_text)
-            f.write(json.dumps(dict(zip(KEYS, row, strict=True)) | extra) + "\n")
+        for i, row in enumerate(zip(*(getattr(answers, k) for k in _COLUMNS), strict=True)):
+            clip, question, draft, target, *texts = row
+            said = [int(t) for t in draft], [int(t) for t in target]
+            row = dict(zip(KEYS, (clip, question, *said, *texts), strict=True))
+            if answers.sequences and answers.sequences[i]: row["sequence"] = answers.sequences[i]
+            if answers.spans and answers.spans[i]: row["span_us"] = list(answers.spans[i])
+            f.write(json.dumps(row | extra) + "\n")
 
 # %% ../../nbs/data/answers.ipynb #24b70407
 def answers_of(states)->Answers | None:
@@ -223,9 +245,11 @@ def answers_of(states)->Answers | None:
     if any(x is None for pair in ids for x in pair): return None
     target = states.manifest.get("target")
     text = lambda field: [getattr(p, field) for p in states.pairs]
+    when = {f"{k}s": [getattr(p, k, none) for p in states.pairs] for k, none in (("sequence", ""), ("span", ()))}
     known = target.get("tokenizer_hash") or "" if isinstance(target, dict) else ""
     return Answers(text("clip_id"), text("question"), [d for _, d in ids], [t for t, _ in ids], text("draft_text"),
-                   text("target_text"), known, models={k: v for k, v in model_ids(states.manifest).items() if v})
+                   text("target_text"), known, models={k: v for k, v in model_ids(states.manifest).items() if v},
+                   **when, data=data_id(states.manifest))
 
 # %% ../../nbs/data/answers.ipynb #cell016
 def first_match_length(a, b):

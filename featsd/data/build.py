@@ -16,7 +16,7 @@ import re
 import shutil
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..base.core import (
 from .clips import LISTING, choose_questions, duration_us
 from .events import (
     Events, h5_check, h5_offset, log_luminance, read_events, render_events, simulate_events, without_strays)
-from .evqa import common_questions, evqa_sequences, evqa_windows, is_evqa
+from .evqa import asked_of_sequence, evqa_sequences, evqa_windows, is_evqa
 from .frames import Clip, VIDEOS, frame_files, frame_indices, need_av, read_frame, video_frames
 
 # %% ../../nbs/data/build.ipynb #cell005
@@ -226,12 +226,12 @@ def write_video(path, frames, times):
         raise FeatsdError(f"{path.name}: cannot be encoded ({e}); give mp4=False") from None
 
 # %% ../../nbs/data/build.ipynb #c7bc20d8
-def clip_entry(name, split, simulated, mp4)->dict:
+def clip_entry(name, split, simulated, mp4, questions=())->dict: # questions: those of this clip alone
     "The listing's entry of a clip, name = sequence/number"
     return {"id": name, "split": split, "event_data": f"{name}.npy", "video_data": name,
             "mp4_data": f"{name}.mp4" if mp4 else "", "simulated": simulated,
             "event_image": [f"{name}_{k}.png" for k in range(5)], "event_image_1f": [f"{name}.png"],
-            "conversations": []}
+            "conversations": []} | ({"questions": list(questions)} if questions else {})
 
 # %% ../../nbs/data/build.ipynb #aa6c4f81
 def write_clip(root, name, window, polarity_order="blue_last", mp4=True):
@@ -274,7 +274,7 @@ class Source:
     kind: str # "video", "dsec" or "evqa"
     sequence: str
     fingerprint: str
-    questions: tuple = () # its own, of EvQA
+    questions: tuple = () # its own, of EvQA: what its clips are asked
 
 def file_fingerprint(path)->str:
     "Sha256 over the size, first and last MiB of a file: tells recordings apart without reading 10 GB"
@@ -285,14 +285,15 @@ def file_fingerprint(path)->str:
         return hashlib.sha256(f"{size}:".encode() + head + f.read(2**20)).hexdigest()
 
 # %% ../../nbs/data/build.ipynb #460efaf2
-def probe_sources(paths)->tuple: # [Source], [(name, reason)] of those with one sensor only
+def probe_sources(paths, choices=False)->tuple: # [Source], [(name, reason)] of those with one sensor only
     "Every source; a folder of EvQA is one for each of its sequences"
     found, rest = [], []
     for path in paths:
         if not is_evqa(path): found.append(probe_source(path)); continue
         both, others = evqa_sequences(path)
         if not both: raise FeatsdError(f"{path}: none of {len(others)} sequences has images; expected both sensors")
-        found += [Source(p, "evqa", name, file_fingerprint(p), tuple(qs)) for name, p, qs in both]
+        found += [Source(p, "evqa", name, file_fingerprint(p), tuple(asked_of_sequence(qs, choices)))
+                  for name, p, qs in both]
         rest += others
     return found, rest
 
@@ -350,7 +351,8 @@ def _check_record(name, record, where):
           all(isinstance(record.get(k), kind) for k, kind in fields.items()) and
           all(type(i) is int and 0 <= i < MAX_CLIPS for i in record["clips"]) and
           all(isinstance(x, dict) and isinstance(x.get("clip"), str) and isinstance(x.get("reason"), str)
-              for x in record["skipped"]))
+              for x in record["skipped"]) and
+          isinstance(asked := record.get("questions", []), list) and all(isinstance(q, str) for q in asked))
     if not ok: raise FeatsdError(f"{where}: sequence {name[:40]!r}: damaged; build again in a new folder")
 
 # %% ../../nbs/data/build.ipynb #6fccda91
@@ -382,7 +384,8 @@ def open_manifest(root, settings)->dict:
 def record_of(source, split, clips=(), skipped=(), finished=False)->dict:
     "What the manifest says of a sequence"
     return {"source": source.path.name, "kind": source.kind, "fingerprint": source.fingerprint, "split": split,
-            "simulated": source.kind == "video", "clips": list(clips), "skipped": list(skipped), "finished": finished}
+            "simulated": source.kind == "video", "clips": list(clips), "skipped": list(skipped),
+            "finished": finished} | ({"questions": list(source.questions)} if source.questions else {})
 
 def of_evqa(path, length, step, max_side=640): # yields (index, function that makes the Window)
     "Windows of a sequence of EvQA"
@@ -460,9 +463,8 @@ def build_dataset(sources, # list of video files and DSEC sequence folders
     if not sources: raise FeatsdError("no sources; expected at least one video file or DSEC sequence folder")
     if s.mp4: need_av(root/"mp4")
     asked = None if s.questions is None else choose_questions(s.questions, root)
-    found, rest = probe_sources(sources)
-    if asked is None and (own := [f.questions for f in found if f.questions]):
-        asked = [q["question"] for q in common_questions(own, s.choices)]
+    found, rest = probe_sources(sources, s.choices)
+    if asked: found = [replace(f, questions=()) for f in found] # these are asked of every clip
     names = [f.sequence for f in found]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice: raise FeatsdError(f"two sources are called {twice!r}; rename one, clips are called after them")
@@ -486,7 +488,11 @@ def _build(root, found, split, settings, progress):
                               "is there; rename the file, or give a new folder")
     for s in found:
         there = lambda i: (root/f"event_npy/{s.sequence}/{i:06d}.npy").is_file()  # noqa: B023
-        if done.get(s.sequence, {}).get("finished") and all(map(there, done[s.sequence]["clips"])): continue
+        if (known := done.get(s.sequence, {})).get("finished") and all(map(there, known["clips"])):
+            if known.get("questions", []) != list(s.questions): # the clips are the same
+                done[s.sequence] = record_of(s, split, known["clips"], known["skipped"], finished=True)
+                write_json(root/"dataset.json", manifest)
+            continue
         with tqdm(desc=s.sequence, unit="clip", disable=not progress, dynamic_ncols=True) as bar:
             def made(bar=bar): result.made += 1; bar.update()
             done[s.sequence] = record_of(s, split) # first: a resumed run must find the same recording under this name
@@ -498,7 +504,8 @@ def _build(root, found, split, settings, progress):
 def _list(root, done, settings, result):
     "The listing, last, and what there is to say"
     records, mp4 = sorted(done.items()), settings["mp4"]
-    entries = [clip_entry(f"{q}/{i:06d}", r["split"], r["simulated"], mp4) for q, r in records for i in r["clips"]]
+    entries = [clip_entry(f"{name}/{i:06d}", r["split"], r["simulated"], mp4, r.get("questions", ()))
+               for name, r in records for i in r["clips"]]
     result.clips, result.sequences = len(entries), sum(r["finished"] for r in done.values())
     result.skipped = [(x["clip"], x["reason"]) for _, r in records for x in r["skipped"]]
     if not entries:

@@ -11,6 +11,7 @@ __all__ = ['ROWS', 'DTYPES', 'DTYPE_BYTES', 'FP8_MAX', 'SCHEMA', 'VOLATILE', 'St
 # %% ../../nbs/data/chunk.ipynb #cell002
 import hashlib
 import json
+import mmap
 import os
 import re
 from dataclasses import dataclass
@@ -396,22 +397,18 @@ class ChunkFile:
     "Rows, ids and margins of one chunk; shapes, types and offsets are checked against the sidecar when it is opened"
     def __init__(self, file, manifest:dict,
                  at=None): # int [pairs+1, 2] first target and draft row of each pair; None: already checked
-        self.file, self.manifest, self._mapped, self._places = Path(file), manifest, {}, None
+        self.file, self.manifest, self._bytes, self._mapped = Path(file), manifest, None, {}
         with read_errors(file): self.f = safe_open(file, "pt")
         if at is not None:
             with read_errors(file): self._check_tensors(at)
 
-    @property
-    def dtype(self): # what `read_into` reads; None: rows must be decoded
-        return None if self.manifest["dtype"] == "fp8" else DTYPES[self.manifest["dtype"]]
-
     def __call__(self, stream, a, b): # [b-a, D] in the stored dtype, a view of the file; float32 for fp8
         scale = self._map(stream + "_scale")[a:b] if self.manifest["dtype"] == "fp8" else None
-        return decode_rows(self._map(stream)[a:b], scale)
-
-    def _map(self, name): # the whole tensor, asked for once: a slice of it costs a tenth of a slice of the file
-        if name not in self._mapped: self._mapped[name] = self.f.get_tensor(name)
-        return self._mapped[name]
+        rows = self._map(stream)[a:b]
+        if (n := self._bytes.size()) < len(self._bytes): # to read on would end the process
+            raise StoreError(f"{self.file}: expected {len(self._bytes):,} bytes, found {n:,}: cut while it is read; "
+                             f"{_REPAIR}")
+        return decode_rows(rows, scale)
 
 # %% ../../nbs/data/chunk.ipynb #dd707ae9
 @patch
@@ -434,20 +431,29 @@ def _check_tensors(self:ChunkFile, at):
 
 # %% ../../nbs/data/chunk.ipynb #a4e6cb20
 @patch
-def read_into(self:ChunkFile, stream, a, to): # to: [n, D] contiguous, of `dtype`; returned
-    "Rows from a on, straight into memory: no pages are mapped for them"
-    if self._places is None:
-        self._raw = open(self.file, "rb", buffering=0) # noqa: SIM115 closed with the last reference to it
-        n = int.from_bytes(self._raw.read(8), "little")
-        header = json.loads(self._raw.read(n)) # safetensors has read it: it is whole and of sane length
-        self._places = {s: 8 + n + header[s]["data_offsets"][0] for s in self.manifest["streams"]}
-    left = memoryview(to.view(torch.uint8).numpy()).cast("B")
-    self._raw.seek(self._places[stream] + a * to.shape[1] * to.element_size())
-    while len(left):
-        if not (n := self._raw.readinto(left)):
-            raise StoreError(f"{self.file}: expected {len(left):,} more bytes, found its end; {_REPAIR}")
-        left = left[n:]
-    return to
+def _map(self:ChunkFile, name): # the whole tensor, a view of the mapped file
+    if self._bytes is None:
+        with open(self.file, "rb") as f: self._bytes = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        n = int.from_bytes(self._bytes[:8], "little")
+        self._header = {"": 8 + n} | json.loads(self._bytes[8:8 + n]) # safetensors has found it whole
+    if name not in self._mapped:
+        kind, (a, b) = "fp32" if name.endswith("_scale") else self.manifest["dtype"], self._places(name)
+        raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=b - a, offset=a) if b > a else None # it refuses 0
+        raw = torch.empty(0) if raw is None else raw.view(DTYPES[kind])
+        self._mapped[name] = raw.view(self._header[name]["shape"]).to(DTYPES[kind])
+    return self._mapped[name]
+
+@patch
+def _places(self:ChunkFile, name): return [self._header[""] + x for x in self._header[name]["data_offsets"]]
+
+@patch
+def release(self:ChunkFile, stream, a, b):
+    "Give the memory of rows that were read back at once; they are read again from the file if asked for"
+    if not hasattr(mmap, "MADV_DONTNEED"): return
+    row = (x := self._map(stream)).shape[1] * x.element_size()
+    start = self._places(stream)[0]
+    lo, hi = (start + a * row) // mmap.PAGESIZE * mmap.PAGESIZE, start + b * row
+    if hi > lo: self._bytes.madvise(mmap.MADV_DONTNEED, lo, hi - lo)
 
 # %% ../../nbs/data/chunk.ipynb #e2e03ca2
 @patch
@@ -476,13 +482,12 @@ def fill(to, # [≥ n, D]
         else: runs.append([rows, a, a + k])
     step = max(1, block_bytes // max(1, to.shape[-1] * to.element_size()))
     for rows, a, end in runs:
-        direct = getattr(rows, "dtype", None) == to.dtype # then no page is mapped
+        done = getattr(rows, "release", None)
         for i in range(a, end, step):
             k = min(step, end - i)
-            here = to[at:at + k]
-            x = rows.read_into(stream, i, here) if direct else rows(stream, i, i + k)
-            if not direct: here.copy_(x)
+            to[at:at + k].copy_(x := rows(stream, i, i + k))
             if look: sums.append(x.sum()) # of what is stored
+            if done and k == step: done(stream, i, i + k) # of few rows it would cost more than it frees
             at += k
     return not sums or bool(torch.stack(sums).isfinite().all()) # a sum may overflow: then the rows are looked at
 

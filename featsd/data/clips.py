@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDY_QUESTIONS', 'LISTING', 'MAX_CLIP_EVENTS', 'MAX_CLIP_BYTES', 'read_questions', 'duration_us', 'check_relative',
            'place_inside', 'Entry', 'read_listing', 'find_listing', 'choose_questions', 'FolderClips', 'check_built',
-           'open_clips', 'shown_to', 'split_clips', 'read_clip']
+           'open_clips', 'shown_to', 'first_questions', 'questions_of', 'most_asked', 'split_clips', 'read_clip']
 
 # %% ../../nbs/data/clips.ipynb #cell002
 import re
@@ -21,6 +21,7 @@ from .bins import read_stream
 from .events import without_strays
 from .frames import Clip, frame_files, frame_indices, need_av, read_folder, read_video
 from .identity import file_digest
+from .prompts import PromptClips
 
 # %% ../../nbs/data/clips.ipynb #cell013
 STUDY_QUESTIONS = ( # the ten most frequent of the founding study's DSEC instruction set, with their counts there
@@ -116,6 +117,7 @@ class Entry:
     video: PurePosixPath|None
     mp4: PurePosixPath|None
     simulated: bool # events computed from the frames
+    questions: tuple = () # its own, where the listing says
 
 def _entry(raw, where):
     "An entry, every field checked"
@@ -133,7 +135,12 @@ def _entry(raw, where):
     if not isinstance(split, str) or len(split) > 64 or not split.isprintable():
         raise FeatsdError(f"{where}: split {str(split)[:40]!r}: expected a short text")
     sequence = event.parent.as_posix()
-    return Entry(str(name), split, "" if sequence == "." else sequence, event, video, mp4, raw.get("simulated") is True)
+    asked = raw.get("questions") or []
+    if not isinstance(asked, list) or len(asked) > 1000:
+        raise FeatsdError(f"{where}: questions {str(asked)[:40]!r}: expected a list of at most 1,000")
+    for q in asked: _check_question(q, where)
+    return Entry(str(name), split, "" if sequence == "." else sequence, event, video, mp4,
+                 raw.get("simulated") is True, tuple(dict.fromkeys(q.strip() for q in asked)))
 
 # %% ../../nbs/data/clips.ipynb #a65f5021
 def read_listing(path)->list: # of Entry, one per event file, in the listing's order
@@ -148,6 +155,8 @@ def read_listing(path)->list: # of Entry, one per event file, in the listing's o
         if old.split != e.split:
             raise FeatsdError(f"{path}: entry {i}: {e.event} is in split {e.split!r} and in {old.split!r}; "
                               "expected one split per clip")
+        if old.questions != e.questions:
+            raise FeatsdError(f"{path}: entry {i}: {e.event} has other questions than before; expected one list a clip")
     twice = [k for k, n in Counter(e.id for e in first.values()).items() if n > 1]
     if twice: raise FeatsdError(f"{path}: id {twice[0]!r} names several clips; expected an id of its own for each")
     return list(first.values())
@@ -205,7 +214,9 @@ class FolderClips:
             some = frame_indices(len(self.entries), max_samples) if spread and max_samples else range(max_samples)
             self.entries = [self.entries[i] for i in some]
         self.clip_ids, self.sequences = [e.id for e in self.entries], [e.sequence for e in self.entries]
-        self.questions = choose_questions(questions, self.root)
+        self.questions, whole = choose_questions(questions, self.root), [e for e in entries if e.split in (split, "")]
+        own = questions is None and any(e.questions for e in whole) # of all clips, whatever max_samples takes
+        self.own = {e.id: list(e.questions or self.questions) for e in whole} if own else {}
         self.name = f"{self.root.name}@{sha256_file(listing)[:12]}" # another listing is another data set
         if self.entries and not (self.root/"video").is_dir(): need_av(self.root/"mp4") # once, not for every clip
 
@@ -221,9 +232,10 @@ def __getitem__(self:FolderClips, i)->Clip:
         kept, digest = self.picked(total), self.digest(i)
     except (FeatsdError, OSError) as x: # the reason goes into stores: no machine's path in it
         raise FeatsdError(" ".join(str(x).replace(f"{self.root}/", "").split())) from None
+    asked = {"questions": self.own[e.id]} if e.id in self.own else {}
     return Clip(e.id, frames, events, e.sequence,
                 {"duration_us": events.duration_us, "total_frames": total, "simulated": e.simulated, "kept": kept,
-                 "span_us": (int(events.t[0]), int(events.t[-1])), "files": digest})
+                 "span_us": (int(events.t[0]), int(events.t[-1])), "files": digest, **asked})
 
 @patch
 def digest(self:FolderClips, i)->str: # see `file_digest`
@@ -283,7 +295,7 @@ def check_built(root, duration):
         raise FeatsdError(f"{root}: built with clips of {built}, expected {duration}; give --duration {built}")
 
 # %% ../../nbs/data/clips.ipynb #cell023
-def open_clips(dataset_dir="pocket", # "pocket" for the built-in world, or a folder
+def open_clips(dataset_dir="pocket", # "pocket" for the built-in world, a folder, or a JSONL file of prompts
                split="train", # "train", "val" or "test"
                max_samples=-1, # clips; -1 = all (1,000 of the built-in world)
                seed=0, # of the built-in world
@@ -293,6 +305,7 @@ def open_clips(dataset_dir="pocket", # "pocket" for the built-in world, or a fol
     if str(dataset_dir) == "pocket":
         from featsd.data.world import PocketClips
         return PocketClips(split, 1000 if max_samples < 0 else max_samples, seed)
+    if str(dataset_dir).endswith(".jsonl"): return PromptClips(dataset_dir, split, max_samples)
     return FolderClips(dataset_dir, split, max_samples, duration=duration, spread=spread)
 
 # %% ../../nbs/data/clips.ipynb #shownto1
@@ -300,6 +313,22 @@ def shown_to(clips, *models):
     "The data set, read with the frames that these models look at; models that watch no frames ask for none"
     if looks := {m.looks for m in models if getattr(m, "looks", None)}: clips.looks = looks
     return clips
+
+# %% ../../nbs/data/clips.ipynb #ownq0002
+def first_questions(clips, n)->list: # of str, each once
+    "What is asked of a data set from now on: at most n questions a clip"
+    if not getattr(clips, "own", None): return clips.questions[:n]
+    clips.own = {name: asked[:n] for name, asked in clips.own.items()}
+    return list(dict.fromkeys(q for asked in clips.own.values() for q in asked))
+
+def questions_of(clip, questions)->list: # of str
+    "What one clip is asked: its own questions, or else those of its data set"
+    return (getattr(clip, "meta", None) or {}).get("questions") or questions
+
+def most_asked(clips, questions)->int: # per clip
+    "How many questions a clip of a data set is asked at most"
+    return max(map(len, own.values())) if (own := getattr(clips, "own", None)) else len(questions)
+
 
 # %% ../../nbs/data/clips.ipynb #869a9fad
 def split_clips(sequences, # sequence (or clip id) of each clip

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_FRAMES', 'VIDEOS', 'CLIP_MEAN', 'CLIP_STD', 'MAX_RATIO', 'Clip', 'frame_indices', 'seen_frames', 'read_frame',
-           'frame_files', 'read_folder', 'need_av', 'video_frames', 'read_video', 'clip_pixels']
+           'frame_files', 'read_folder', 'need_av', 'video_frames', 'even_frames', 'read_video', 'clip_pixels']
 
 # %% ../../nbs/data/frames.ipynb #b6c4b85d
 import re
@@ -195,28 +195,31 @@ def video_frames(path): # yields (µs since the first frame, function that gives
         _told(path, stream, container, clock, seen)
 
 # %% ../../nbs/data/frames.ipynb #cell011
-def _uneven(path, times): # µs
-    "Say that a film's frames are not evenly spaced: models choose frames by their number"
+def even_frames(path, times)->list: # µs of each frame → number of the frame that a player shows, tick by tick
+    "A film at one rate: its own frames, or, where their distances differ much, what is seen every median distance"
     steps = np.diff(times)
-    if len(steps) > 1 and steps.max() > 2 * np.median(steps):
-        say_once(f"{path}: frames are {steps.min() / 1e3:.0f} to {steps.max() / 1e3:.0f} ms apart; they are chosen by "
-                 "number, as the models were trained, not by time")
+    if len(steps) < 2 or steps.max() <= 2 * np.median(steps): return list(range(len(times)))
+    step = max(1, int(np.median(steps)))
+    if times[-1] // step >= MAX_FRAMES:
+        raise FeatsdError(f"{path}: {times[-1] / 1e6:.0f} s at {step / 1e3:g} ms a frame, expected at most "
+                          f"{MAX_FRAMES} frames; cut it into parts")
+    say_once(f"{path}: frames are {steps.min() / 1e3:.0f} to {steps.max() / 1e3:.0f} ms apart; they are chosen by time")
+    return (np.searchsorted(times, np.arange(0, times[-1] + 1, step), side="right") - 1).tolist()
 
 def read_video(path, n=8, rule="linspace", pick=None): # as `read_folder`
     "The frames of a video file that a rule picks; a file that declares a wrong number of frames is read twice"
     pick = pick or (lambda total: frame_indices(total, n, rule))
-    with _video(path) as (_, stream): guess = stream.frames
+    with _video(path) as (_, stream): shown = list(range(min(MAX_FRAMES, stream.frames)))
     while True:
-        wanted, kept, times = set(pick(guess)) if guess > 0 else (), {}, []
+        wanted, kept, times = {shown[i] for i in pick(len(shown))} if shown else (), {}, []
         for at, rgb in video_frames(path):
             if len(times) in wanted: kept[len(times)] = rgb()
             times.append(at)
-        if (total := len(times)) == guess: break
-        guess = total
+        if (found := even_frames(path, times)) == shown: break
+        shown = found
     if len({f.shape for f in kept.values()}) > 1:
         raise FeatsdError(f"{path}: frames of several sizes; expected one size")
-    _uneven(path, times)
-    return np.stack([kept[i] for i in pick(total)]), total
+    return np.stack([kept[shown[i]] for i in pick(len(shown))]), len(shown)
 
 # %% ../../nbs/data/frames.ipynb #816a415f
 CLIP_MEAN = np.array([.48145466, .4578275, .40821073], np.float32) # of the pictures CLIP was trained on

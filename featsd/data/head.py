@@ -132,10 +132,11 @@ def _linear(weight, bias):
 
 # %% ../../nbs/data/head.ipynb #dcdb6521
 @patch
-def restricted(self:Head, n)->Head: # ids 0..n-1
-    "The head over the first `n` ids only; shares its weights"
-    bias = None if self.bias is None else self.bias[:n]
-    return Head(self.norm, _linear(self.lm_head.weight[:n], bias), self.form, self.value)
+def restricted(self:Head, ids)->Head: # a number: ids 0..n-1; int64 [n]: these, in this order
+    "The head over some ids only; it shares its weights where they are the first ones"
+    rows = slice(ids) if isinstance(ids, int) else ids.to(self.lm_head.weight.device)
+    bias = None if self.bias is None else self.bias[rows]
+    return Head(self.norm, _linear(self.lm_head.weight[rows], bias), self.form, self.value)
 
 # %% ../../nbs/data/head.ipynb #headfit1
 def fitted_form(own, # [n, V] float32, the model's own logits

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scores', 'cosine', 'row_blocks', 'token_scores', 'TensorBatch', 'in_memory', 'as_it_is', 'take', 'aligner',
-           'score_batches', 'score_states']
+           'one_later', 'score_batches', 'score_states']
 
 # %% ../../nbs/data/scores.ipynb #cell002
 from dataclasses import dataclass
@@ -120,6 +120,16 @@ def aligner(adapter): # function(batch)
         mask = b.mask.bool()
         return adapter.of_states(b.h_draft, mask, b.h_target[mask], None if b.ids is None else b.ids[mask])
     return of_both
+
+# %% ../../nbs/data/scores.ipynb #ahead001
+def one_later(align): # function(batch) → [B, T, Dt]
+    "Each output at the place of the next position: does it name the token after its own? NaN at the first one"
+    def shifted(b):
+        mask, rows = b.mask.bool(), align(b)
+        out = rows.new_full((*mask.shape, rows.shape[-1]), torch.nan)
+        out[mask] = rows[mask] if rows.ndim == 3 else rows
+        return torch.nn.functional.pad(out, (0, 0, 1, 0), value=torch.nan)[:, :-1]
+    return shifted
 
 # %% ../../nbs/data/scores.ipynb #cell018
 class _Flat:

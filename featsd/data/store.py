@@ -82,7 +82,7 @@ class StoreLock:
 def share(self:StoreLock):
     "Let the other processes of the group in"
     if self.group and self.first:
-        fcntl.flock(self.file, fcntl.LOCK_SH)
+        self._try(fcntl.LOCK_SH)
         if not self._ours():
             raise StoreError(f"{self.path}: another launch took the store; start one launch at a time")
 

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from ..base.core import FeatsdError, at_least, log, one_line, parse_options, sha256_file
 from ..base.tables import Column, Table
-from ..data.clips import read_clip
+from ..data.clips import questions_of, read_clip
 from ..data.head import Head, RMSNorm, fitted_form
 from .align import Retold
 from .cache import (
@@ -216,7 +216,7 @@ def clips_seen(clips, *models)->list: # of Clip
     out, lost = [], []
     for i, name in enumerate(clips.clip_ids):
         clip, why = read_clip(clips, i)
-        if clip is not None: why = encoded(clip, clips.questions[:1], *models)[1]
+        if clip is not None: why = encoded(clip, questions_of(clip, clips.questions)[:1], *models)[1]
         (lost if why else out).append(f"{name}: {why}" if why else clip)
     if not out: raise FeatsdError(f"{clips.name}: not one of {len(lost)} clips could be read; {lost[0]}")
     if lost: log.warning(one_line(f"{len(lost)} clips skipped; {lost[0]}"))

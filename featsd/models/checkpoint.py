@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['local_folder', 'path_options', 'pair_paths', 'shard_files', 'tensor_shapes', 'read_tensors', 'read_config',
-           'config_of_kind', 'read_tokenizer', 'quiet_transformers', 'check_question', 'placement', 'variant']
+           'config_of_kind', 'read_tokenizer', 'own_tokenizer', 'quiet_transformers', 'check_question', 'placement',
+           'variant']
 
 # %% ../../nbs/models/checkpoint.ipynb #cell002
 import hashlib
@@ -183,6 +184,14 @@ def read_tokenizer(folder): # fast tokenizer
     if tokenizer.bos_token_id is None:
         raise FeatsdError(f"{folder}: tokenizer without a begin token; fetch tokenizer_config.json again")
     return tokenizer
+
+def own_tokenizer(folder):
+    "As the installed transformers makes it, by the class that its configuration names; never by a checkpoint's code"
+    from transformers import AutoTokenizer
+    try: return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as e:
+        raise FeatsdError(f"{folder}: transformers cannot read its tokenizer ({one_line(e, 120)}); "
+                          "fetch it again") from None
 
 class quiet_transformers:
     "Inside the block the libraries draw no bars and print no reports"

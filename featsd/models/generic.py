@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from ..base.core import FeatsdError, one_line
 from ..data.events import Events
 from ..data.frames import Clip
+from ..data.prompts import worded
 from .backbone import Backbone, Prefix, folder_hash, probe_ids, quant_kwargs
 from .cache import (
     State, columns_of, copied, drop_columns, fresh_cache, merge, put_back, record_past, recurrent_layers)
@@ -89,7 +90,7 @@ def encode(self:Generic, clip, question, seen=None)->Prefix:
     "The prompt as the model's own processor makes it, with the model's own positions"
     pictures = self.see(clip) if seen is None else seen
     try:
-        inputs = self.wording.inputs(pictures, question, _seconds(clip))
+        inputs = self.wording.inputs(pictures, worded(clip, question), _seconds(clip))
     except FeatsdError as e: raise FeatsdError(f"{self.name}, clip {getattr(clip, 'id', None)}: {e}") from None
     except Exception as e:
         size = "x".join(map(str, pictures[0].shape[:2])) if pictures else ""

@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from transformers import (
-    Gemma2Model, Gemma3TextModel, GemmaModel, LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
-from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from ..base.core import FeatsdError
 from .align import Retold
 from .backbone import Backbone, Pair
 
 # %% ../../nbs/models/lean.ipynb #cell005
-FAMILIES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model, GemmaModel, Gemma2Model, Gemma3TextModel)
+FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel", "Gemma2Model", "Gemma3TextModel")
+def _class_of(x): # its name in transformers, "" elsewhere; to import all classes would take seconds
+    return type(x).__name__ if type(x).__module__.startswith("transformers.models.") else ""
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 class LeanLayer:
@@ -47,7 +46,7 @@ class LeanLayer:
         norms = [None if x is None else _weight(x) for x in norms]
         before, self.norm1 = norms[2] is not None, norms[0] # four norms: two of them behind attention and feed-forward
         self.norm2, self.after1, self.after2 = (norms[2], norms[1], norms[3]) if before else (norms[1], None, None)
-        window = getattr(a.config, "sliding_window", None) if isinstance(a, MistralAttention) else None
+        window = getattr(a.config, "sliding_window", None) if _class_of(a) == "MistralAttention" else None
         self.window, self.scale = getattr(a, "sliding_window", window), a.scaling
         self.kind = getattr(a, "layer_type", None) # of whose angles its own are
 
@@ -59,9 +58,8 @@ def _weight(norm):
 # %% ../../nbs/models/lean.ipynb #lean005b
 def why_not_lean(decoder):
     "What stands in the way of a lean decoder, or None"
-    if type(decoder) not in FAMILIES:
-        known = ", ".join(c.__name__ for c in FAMILIES)
-        return f"a decoder of class {type(decoder).__name__}, expected {known}"
+    if _class_of(decoder) not in FAMILIES:
+        return f"a decoder of class {type(decoder).__name__}, expected {', '.join(FAMILIES)}"
     c, parts = decoder.config, {n: m for n, m in decoder.named_modules() if n.endswith("_proj")}
     if any(type(m) is not nn.Linear for m in parts.values()): return "quantised weights"
     odd = [m.bias is not None for n, m in parts.items() if not n.endswith(("q_proj", "k_proj", "v_proj"))]
@@ -111,7 +109,7 @@ class Lean(Backbone):
         self.layers = [LeanLayer(layer, self.heads, self.kv_heads, self.hd) for layer in d.layers[:c.num_hidden_layers]]
         self.norm, self.table, self.act = _weight(d.norm), backbone.embed.weight.detach(), ACTIVATIONS[_activation(c)]
         self.windows = {layer.window for layer in self.layers}
-        if not isinstance(d, Gemma3TextModel):
+        if _class_of(d) != "Gemma3TextModel":
             for layer in self.layers: layer.kind = None # one set of angles for all
         self.kinds = {layer.kind for layer in self.layers}
         self.limit = c.max_position_embeddings

@@ -18,8 +18,9 @@ from ..base.core import FeatsdError, command
 from ..data.events import Events
 from ..data.frames import Clip, clip_pixels, frame_indices, read_folder, read_video, seen_frames
 from .backbone import Backbone, folder_hash, print_answer, quant_kwargs
-from .checkpoint import (
-    check_question, config_of_kind, local_folder, placement, quiet_transformers, read_tokenizer, tensor_shapes, variant)
+from featsd.models.checkpoint import (
+    check_question, config_of_kind, local_folder, own_tokenizer, placement, quiet_transformers, read_tokenizer,
+    tensor_shapes, variant)
 
 # %% ../../nbs/models/videollava.ipynb #cell005
 PROMPTS = {"space": "USER: <video>\n{} ASSISTANT:", "newline": "USER: <video>\n{}\nASSISTANT:"}
@@ -37,7 +38,8 @@ class VideoLLaVA(Backbone):
     kind = "video_llava"
 
     def __init__(self, lm:VideoLlavaForConditionalGeneration, tokenizer, name, model_hash="", quant="fp32",
-                 frames=8, frame_rule="linspace", prompt_form="space", all_ids=False):
+                 frames=8, frame_rule="linspace", prompt_form="space", all_ids=False,
+                 asks=None): # tokenizer of prompts, where it is another
         super().__init__(lm, lm.model.language_model, tokenizer, name, model_hash, quant)
         frame_indices(1, frames, frame_rule) # a wrong rule or number is said now
         if prompt_form not in PROMPTS:
@@ -46,7 +48,7 @@ class VideoLLaVA(Backbone):
         lm.model.image_tower = None # 300M weights that only single pictures need
         self.tower, self.projector = lm.model.video_tower, lm.model.multi_modal_projector
         self.frames, self.frame_rule, self.prompt_form = frames, frame_rule, prompt_form
-        self.looks = frames, frame_rule
+        self.looks, self.asks = (frames, frame_rule), asks or tokenizer
         self.video_id, self.picture_size = lm.config.video_token_id, lm.config.vision_config.image_size
         if not all_ids: self.head = self.head.restricted(min(lm.config.image_token_id, self.video_id))
 
@@ -66,7 +68,7 @@ class VideoLLaVA(Backbone):
 
     def prompt(self, question):
         "Ids around the frames' tokens"
-        return video_prompt(self.tokenizer, self.video_id, question, self.prompt_form)
+        return video_prompt(self.asks, self.video_id, question, self.prompt_form)
 
 # %% ../../nbs/models/videollava.ipynb #cell009
 @patch(cls_method=True)
@@ -78,6 +80,7 @@ def from_pretrained(cls:VideoLLaVA, path, # folder or hub name
                     frame_rule:Literal["linspace", "arange"]="linspace", # see `frame_indices`
                     prompt_form:Literal["space", "newline"]="space", # before ASSISTANT
                     all_ids:bool=False, # let answers hold placeholders
+                    prompt:Literal["own", "study"]="own", # ids of the installed transformers, or the study's
                    )->VideoLLaVA:
     "Video-LLaVA from a checkpoint of transformers, today's or the hub's older names"
     folder, where = local_folder(path), placement(device)
@@ -98,9 +101,9 @@ def from_pretrained(cls:VideoLLaVA, path, # folder or hub name
     _check_loaded(folder, info)
     usual = dict(frames=8, frame_rule="linspace", prompt_form="space", all_ids=False)
     asked = dict(frames=frames, frame_rule=frame_rule, prompt_form=prompt_form, all_ids=all_ids)
-    changed = {k: v for k, v in asked.items() if v != usual[k]}
+    changed = {k: v for k, v in asked.items() if v != usual[k]} | ({} if prompt == "own" else {"prompt": prompt})
     name, digest = variant(name or folder.resolve().name, folder_hash(folder), changed)
-    return cls(lm, tokenizer, name, digest, quant, **asked)
+    return cls(lm, tokenizer, name, digest, quant, **asked, asks=own_tokenizer(folder) if prompt == "own" else None)
 
 # %% ../../nbs/models/videollava.ipynb #cell010
 def _check_tokenizer(folder, tokenizer, config): # raises
