@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AT_ONCE_WORDS', 'Wires', 'AtOnceRow', 'cores', 'two_cores', 'lend', 'Clocked', 'clock_at_once', 'whole_of',
            'better_plain', 'asked_cycles', 'drafting_times', 'times_seen', 'tracks_seen', 'at_once_row', 'Reach',
-           'reaches', 'AtOnce', 'events_of', 'at_once', 'best_in_turn', 'run_at_once']
+           'by_distance', 'reaches', 'AtOnce', 'events_of', 'at_once', 'best_in_turn', 'run_at_once']
 
 # %% ../nbs/06b_at_once.ipynb #once002
 import gc
@@ -225,6 +225,10 @@ class Reach:
     predicted: float # of `simulate` (estimate); None: not up to FAR
 
 # %% ../nbs/06b_at_once.ipynb #once15c
+def by_distance(rows, name)->list: # of AtOnceRow
+    "One drafter's rows at no rate but the wire's own, the nearest first"
+    return sorted((r for r in rows if r.name == name and not r.mbit), key=lambda r: r.rtt_ms)
+
 def reaches(clocked, rows, name)->tuple: # list of Reach, [(rtt, speedup)] of the estimate
     "How far one drafter's two models may stand apart; asked all the time, whether that pays or not"
     tracks, times, (_, plain) = tracks_seen(clocked, name), times_seen(clocked, name), better_plain(clocked)
@@ -232,7 +236,7 @@ def reaches(clocked, rows, name)->tuple: # list of Reach, [(rtt, speedup)] of th
     def speed(rtt):
         if rtt not in seen: seen[rtt] = base / simulate(tracks, times, rtt, most=clocked.most, duty=Always)
         return seen[rtt]
-    mine = sorted((r for r in rows if r.name == name and not r.mbit), key=lambda r: r.rtt_ms)
+    mine = by_distance(rows, name)
     curve, levels = [(r.rtt_ms, r.measured.value) for r in mine], {"plain decoding": 1.}
     if mine[0].in_turn: levels["the same in turn"] = mine[0].measured.value / mine[0].in_turn.value
     found = [Reach(name, k, crossing(curve, x), foretold_crossing(speed, x)) for k, x in levels.items()]
@@ -325,7 +329,7 @@ def chart(self:AtOnce)->Chart:
         panels = [Panel("every drafter, side by side", bars, axes[1], "", marks=[("x", 1, "no gain")])]
     if self.curve:
         x, y = zip(*self.curve, strict=True)
-        still = sorted((r for r in mine if not r.mbit), key=lambda r: r.rtt_ms)
+        still = by_distance(self.rows, best.name)
         seen = Series.of("measured", [r.rtt_ms for r in still], [r.measured for r in still], kind="points")
         marks = [one, *(("x", r.predicted, f"as {r.over}") for r in self.reach if r.predicted)]
         panels.append(Panel(f"{best.name}, as far as it reaches", [seen, Series("estimate", x, y, null=True)], *axes,
@@ -355,7 +359,7 @@ def timeline(self:AtOnce)->Chart:
 def caption(self:AtOnce)->str:
     "What to look at in `chart`, and what it shows here"
     best, x = self.best() or self.rows[0], lambda r: f"{r.measured.value:.2f}x"
-    mine = sorted((r for r in self.rows if r.name == best.name and not r.mbit), key=lambda r: r.rtt_ms)
+    mine = by_distance(self.rows, best.name)
     far = f" and {x(mine[-1])} at {mine[-1].rtt_ms:g} ms" if len(mine) > 1 else ""
     ratios = [r.measured.value / r.predicted for r in self.rows]
     lines = [f"as fast as {r.over} at {r.predicted:.0f} ms" for r in self.reach if r.predicted]

@@ -437,10 +437,10 @@ def _map(self:ChunkFile, name): # the whole tensor, a view of the mapped file
         n = int.from_bytes(self._bytes[:8], "little")
         self._header = {"": 8 + n} | json.loads(self._bytes[8:8 + n]) # safetensors has found it whole
     if name not in self._mapped:
-        kind, (a, b) = "fp32" if name.endswith("_scale") else self.manifest["dtype"], self._places(name)
-        raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=b - a, offset=a) if b > a else None # it refuses 0
-        raw = torch.empty(0) if raw is None else raw.view(DTYPES[kind])
-        self._mapped[name] = raw.view(self._header[name]["shape"]).to(DTYPES[kind])
+        kind, (a, b) = DTYPES["fp32" if name.endswith("_scale") else self.manifest["dtype"]], self._places(name)
+        n = (b - a) // kind.itemsize
+        flat = torch.frombuffer(self._bytes, dtype=kind, count=n, offset=a) if n else torch.empty(0, dtype=kind)
+        self._mapped[name] = flat.view(self._header[name]["shape"])
     return self._mapped[name]
 
 @patch
