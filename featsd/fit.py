@@ -23,7 +23,7 @@ from .base.core import FeatsdError, lib_versions, log, say_once
 from .calibration import expert_laws, fit_fusion, product
 from .data.answers import Answers, answers_of, read_answers, write_answers
 from .data.clips import first_questions, open_clips, questions_of, read_clip, shown_to
-from .data.identity import data_id, made_for, model_ids
+from .data.identity import clips_id, made_for, model_ids
 from .data.store import open_states
 from .decode import Draft, Greedy, needs_of, parts_of, plain_decode, speculative_decode
 from .drafters import AlignedDraft, GatedDraft, Kit, check_adapter, check_models, field_of, make_drafter
@@ -90,7 +90,7 @@ def training_words(pair, questions, clips=550, # training clips whose answers th
     about = {"target": {"hash": t.model_hash, "quant": t.quant, "name": t.name}}
     models = {k: v for k, v in model_ids(about).items() if v}
     said = Answers(clip_ids, asked, ids, ids, text, text, t.tokenizer_hash, [], models, sequences, spans,
-                   data_id({"dataset": data.name, "split": data.split, "seed": getattr(data, "seed", 0)}))
+                   clips_id(data))
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_answers(file, said)

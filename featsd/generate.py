@@ -23,7 +23,7 @@ from .base.figures import PALETTE, at_home, remember
 from .calibration import fit_fusion
 from .data.clips import first_questions, open_clips, questions_of, shown_to
 from .data.events import render_events
-from .data.identity import data_id, model_ids
+from .data.identity import clips_id, model_ids
 from .data.store import open_states
 from .decode import (
     Arm, Decoded, Drafter, Greedy, Prompt, Sampled, certify, encode_prompt, needs_of, plain_decode, run_arm,
@@ -187,8 +187,7 @@ def decode_clips(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLDER
     clips, asked = asking.find(prompts if certificate else 1)
     clips = shown_to(clips, pair.target, pair.draft)
     known = [*first_questions(clips, None), asked] if certificate else [asked]
-    data = data_id({"dataset": clips.name, "split": clips.split, "seed": getattr(clips, "seed", 0)})
-    drafter = prepare_drafter(recipe, pair, list(dict.fromkeys(known)), max_new_tokens, data)
+    drafter = prepare_drafter(recipe, pair, list(dict.fromkeys(known)), max_new_tokens, clips_id(clips))
     prompt = encode_prompt(pair, clips[asking.clip], asked)
     done = stream_answer(pair, drafter, prompt, gamma, rule, max_new_tokens, out, color)
     if certificate:

@@ -190,8 +190,8 @@ def own_tokenizer(folder):
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:
-        raise FeatsdError(f"{folder}: transformers cannot read its tokenizer ({one_line(e, 120)}); "
-                          "fetch it again") from None
+        raise FeatsdError(f"{folder}: its tokenizer cannot be read ({one_line(e, 200)}); "
+                          "fetch the checkpoint again") from None
 
 class quiet_transformers:
     "Inside the block the libraries draw no bars and print no reports"

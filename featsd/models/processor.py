@@ -23,7 +23,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from ..base.core import FeatsdError, one_line, read_json
 from ..data.events import MAX_CANVAS, render_events, time_surface, voxel_grid
 from ..data.frames import MAX_RATIO, frame_indices
-from .checkpoint import check_question, quiet_transformers
+from .checkpoint import check_question, own_tokenizer, quiet_transformers
 
 # %% ../../nbs/models/processor.ipynb #proc05
 WATCHABLE = ("none", "frames", "events", "voxel", "time_surface")
@@ -154,7 +154,7 @@ class Wording:
                               "fetch the checkpoint again")
         if watching.sensor == "none":
             self.processor = None
-            with quiet_transformers(): self.tokenizer = _own_tokenizer(folder)
+            with quiet_transformers(): self.tokenizer = own_tokenizer(folder)
         else:
             self.processor = load_processor(folder, kind)
             self.tokenizer = self.processor.tokenizer
@@ -183,12 +183,6 @@ class Wording:
         "The option's words; n placeholders where the pictures go"
         pictures = (self.placeholder or "<image>") * n
         return str(self.watching.template).replace("{pictures}", pictures).replace("{question}", question)
-
-# %% ../../nbs/models/processor.ipynb #proc12b
-def _own_tokenizer(folder):
-    try: return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as e: raise FeatsdError(f"{folder}: its tokenizer cannot be read ({one_line(e, 200)}); "
-                                             "fetch the checkpoint again") from None
 
 # %% ../../nbs/models/processor.ipynb #proc13
 @patch
