@@ -24,10 +24,9 @@ from .base.figures import Chart, Panel, Series
 from .base.page import Figure, Section, Terms
 from .base.stats import Interval, clip_bootstrap
 from .base.tables import Column, Table
-from .compare import FEW
 from .decode import plain_decode, speculative_decode
 from .foretold import FAR, Always, Foreseen, Times, crossing, fitted_line, foretold_crossing, simulate
-from .race import Procedure, Watch, asked_of, quiet_clock
+from .race import FEW, Procedure, Watch, asked_of, quiet_clock
 
 # %% ../nbs/06b_at_once.ipynb #once010
 @dataclass

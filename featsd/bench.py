@@ -234,9 +234,10 @@ def checked_benches(only, big_gb, threads, json_file)->list: # names
     return names
 
 def _measured(name, b): # Turns
-    "The rows of one bench; unequal work is a row too"
+    "The rows of one bench; unequal work is a row too, and so is a failure: the others take their time all the same"
     try: goals = BENCHES[name].job(b)
     except Unequal as e: goals = [Goal(name, f"{name}: unequal work", broken=True, note=str(e))]
+    except Exception as e: goals = [Goal(name, f"{name}: failed", broken=True, note=f"{type(e).__name__}: {e}")]
     verdict = lambda g: "ran" if b.quick and g.value is not None else g.verdict
     return [plain_values(asdict(g)) | {"bench": name, "verdict": verdict(g)} for g in goals]
 
@@ -263,6 +264,7 @@ def run_bench(only=None, # names of `BENCHES`; None: all
                 began = time.perf_counter()
                 result["rows"] += _measured(n, b)
                 result["bench_seconds"][n] = round(time.perf_counter() - began, 1)
+                if json_file: write_json(json_file, result)
                 b.end()
         except Stopped as e: sys.exit(e.code)
         finally: b.bar.close()

@@ -274,7 +274,7 @@ def own_gain_table(g)->Table: # of `own_gain`
     return Table("Beside the target's own states, bits per target token", [
         Column("own", ".3f"), Column("aligned", ".3f"), Column("own ⊕ aligned", ".3f"), Column("G_own", ".3f"),
         Column("net of sharpening", ".3f"), Column("G_own, wrong clip", ".3f"), Column("tokens", ",")],
-        [[g.own, g.aligned, g.fused, g.gain, g.net, g.wrong, g.n]], [f"The second sensor {says}."])
+        [[g.own, g.aligned, g.fused, g.gain, g.net, g.wrong, g.n]], [f"The draft {says}."])
 
 # %% ../nbs/03b_calibration.ipynb #cell020
 def word_tables(words, # Answers of training clips

@@ -63,7 +63,7 @@ class NGramDraft(Drafter):
 
 # %% ../nbs/05a_drafters.ipynb #cell010
 class TemplateDraft(Drafter):
-    "A constant answer: the most frequent token of each position"
+    "A constant answer to each question: the most frequent token of each position among training answers"
     name, needs = "template", ("template",)
     def __init__(self, template): self.template = template # ids, or {question: ids}
 

@@ -57,7 +57,7 @@ def accepted_parts(m:Measurement)->list:
               (f"words alone ({best.name})" if best else "", best)) if r]
     if "position_tokens" in pictures:
         out.append(Figure(pictures["position_tokens"],
-            "Look at the distance between the coloured curve and the grey ones: what lies above them was seen, the "
+            "Look at the distance between the coloured curves and the grey ones: what lies above them was seen, the "
             "rest is "
             f"habit of speech. Here {m.name} names {_percent(_of(mine))} of the target's tokens while it reads the "
             f"target's words{'; ' * bool(beside)}{', '.join(beside)}.", "position_tokens"))
@@ -99,7 +99,7 @@ def cosine_parts(m:Measurement, known:Calibration=None)->list:
 
 # %% ../nbs/03d_measured.ipynb #mres0011
 def bits_parts(known:Calibration)->list:
-    "What the second sensor knows, in bits per token"
+    "What the draft's states know, in bits per token"
     pictures, gain, own = calibration_figures(known), known.gains.get("forced"), known.own
     if "cross_modal_gain" not in pictures: return list(known.notes)
     say = lambda i: f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}]"
@@ -136,7 +136,7 @@ def measurement_page(m:Measurement, known:Calibration=None)->Page:
     answer = (f"{m.name} names {say(v)} {what} while it reads the target's words{beside}." if what else
               f"{m.name} has a mean cosine of {say(v)}; no token was compared.")
     accepted, parts = accepted_parts(m), [Section("What cosine says, and what it does not", cosine_parts(m, known))]
-    if known is not None: parts.insert(0, Section("What the second sensor knows, in bits", bits_parts(known)))
+    if known is not None: parts.insert(0, Section("What the draft's states know, in bits", bits_parts(known)))
     return Page(f"What are the states of {m.name} worth?", answer, accepted[:1], [
         Section("Right tokens, beside baselines", [*accepted[1:], null_table(m.rows), STREAMS, *m.notes]), *parts,
         Section("The founding study's report", [Folded("All eight sections", [Preformatted(m.report())])])])

@@ -271,7 +271,7 @@ def measure(checkpoint, # adapter, or path of its checkpoint; None: the draft's 
         s = score_states(test, {"w": aligner(adapter)}, "draft_wrong", head)["w"]
         out.scores["draft_wrong", "wrong-clip sensor"] = s
         out.rows.append(row_of("wrong-clip sensor", "draft_wrong", "sensor", s, n_boot))
-    else: out.notes.append("The store has no stream draft_wrong, so what the second sensor is worth is not known.")
+    else: out.notes.append("The store has no stream draft_wrong, so what the draft sees is not told from language.")
     if (answers := answers_of(test)) is None:
         out.notes.append("The store holds no token ids, so words alone are not measured.")
     else:
@@ -352,8 +352,8 @@ def measurement_figures(m:Measurement, title=None)->dict: # file name -> Chart
     if any(s.centred is not None for s in own.values()):
         out["centred_histogram"] = chart_cosines(items, "centred", nulls)
     if all(s.rank is not None for s in own.values()): out["position_tokens"] = _token_positions(m, own, wrong, name)
-    for column, label in (("token_consecutive", "tokens before the first difference"),
-                          ("consecutive_90", "tokens before the first cos ≤ .90")):
+    for column, label in (("token_consecutive", "right tokens in a row"),
+                          ("consecutive_90", "tokens in a row with cos > .90")):
         if any(r.values[column] for r in m.rows): out[f"{column}_nulls"] = chart_nulls(m.rows, column, name, label)
     return out
 

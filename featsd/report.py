@@ -202,14 +202,15 @@ def _said_of_tokens(best)->list: # Measurement
     words = best_null([r for r in best.rows if r.kind == "words"], "token_top1")
     states = [r for r in best.rows if r.kind == "state" and r.stream == "draft_forced"]
     blind = best_null(states, "token_top1", blind=True)
-    out = [f"Best adapter: {best.name}. Right next token on held-out clips: {of(forced):.3f} reading the target's "
-           f"words, {row(best.name, 'draft_free'):.3f} on the draft's own answer.",
+    out = [f"Best adapter, the smallest within half a point of the most right tokens: {best.name}. Right next token on "
+           f"held-out clips: {of(forced):.3f} reading the target's words, {row(best.name, 'draft_free'):.3f} on the "
+           "draft's own answer.",
            f"Words alone ({words.name}) reach {of(words):.3f}, the best mean state ({blind.name}) {of(blind):.3f}; "
            "ridge regression, in closed form on the same training states, "
            f"{row('ridge regression', 'draft_forced'):.3f}."]
     if wrong := best.row("wrong-clip sensor"):
         gap = 100 * (of(forced) - of(wrong))
-        out.append(f"The second sensor is worth {gap:.0f} points: with another clip's events the same adapter reaches "
+        out.append(f"What the draft sees is worth {gap:.0f} points: with another clip the same adapter reaches "
                    f"{of(wrong):.3f}.")
     return out
 
@@ -237,9 +238,9 @@ def _said_of_bits(known)->list: # Calibration
         out.append(f"Same token where the cosine is above {'; '.join(seen)}.")
     say = lambda i: f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}]"
     if gain := known.gains.get("forced"):
-        events = (f"; of these the right clip's events bring {say(gain.events)} over another clip's." if gain.events
+        events = (f"; of these the right clip brings {say(gain.events)} over another clip." if gain.events
                   else ".")
-        out.append(f"Cross-modal gain: the second sensor's states save {say(gain.gain)} of the {gain.words.value:.2f} "
+        out.append(f"Cross-modal gain: the draft's states save {say(gain.gain)} of the {gain.words.value:.2f} "
                    f"bits per token that words alone need{events}")
     if g := known.own:
         wrong = f"; another clip's events save {say(g.wrong)}" if g.wrong else ""
@@ -262,7 +263,7 @@ def result(self:DemoFound)->dict:
     rows, c = kept_rows(self.rows), self.compared
     return {"verdict": self.verdict(), "table": str(short_table(rows)), "intervals": str(null_table(self.rows)),
             "levels": str(comparison_table(self.runs)), "decoding": c.report(full=False), "rows": rows,
-            "short": str(c.table(True, ("tau", "alpha", "c", "bound", "measured"))),
+            "short": str(c.table(True, ("tau", "alpha", "c", "bound", "measured", "whole"))),
             "metrics": plain_values(self.measured), "timing": plain_values(vars(self.timing)),
             "stages": timing_report(self.timing), "calibration": self.known.report(), "versions": lib_versions(),
             "claims": plain_values(c.claims()),
@@ -276,7 +277,7 @@ def five_speedups(compared)->Chart:
                  "bound over all γ": r.bound}
     bars = [(f"{n} (estimate)", Interval(v, v, v, 0), r.prompts, True) for n, v in estimates.items()]
     bars += [(f"{x.label}, measured", x.measured, x.prompts, x is null) for x in (r, null) if x]
-    return chart_intervals(bars, f"{r.label}: five speedups", "speedup of decoding (ratio to plain)",
+    return chart_intervals(bars, f"{r.label}: estimates and the clock", "speedup of decoding (ratio to plain)",
                            ("measured, second sensor", "estimates; measured best null"))
 
 @patch
@@ -300,7 +301,8 @@ def _stages_figure(found)->Figure: # of a DemoFound
     caption = ("Watch two things as γ grows: more guesses make the drafting bars longer, and fewer cycles are needed. "
                f"The prefills are paid once, so a longer answer drowns them. Here a step of the target takes "
                f"{t.target_token_ms:.3g} ms, a guess of the draft {t.draft_token_ms:.3g} ms, adapter and head aside: "
-               "stages are timed one by one, which is dearer than in the race, whose table has the c that counts.")
+               "stages are timed one by one; the race's drafters run adapter and head folded into one, so that its "
+               "table has the c that counts.")
     return Figure(shown, caption, "stage_timeline")
 
 @patch
@@ -312,10 +314,9 @@ def page(self:DemoFound, report="")->Page: # the founding study's report of the 
     five = Figure(five_speedups(c), "Look at the distance between the estimates and the clock. " + _said_of_time(r) +
                   " Only the clock may be a headline.", "five_speedups")
     stands, by_gamma, *numbers = said["why"]
-    where = Terms({"training clips": f"{self.about['clips']['train']} for L1 to L4, {self.about['clips']['words']} "
-                                     "for words "
-                                     "and own-state heads", "held-out clips": str(self.about["clips"]["test"]),
-                   "seed": str(self.about["seed"])})
+    n = self.about["clips"]
+    where = Terms({"training clips": f"{n['train']} for L1 to L4, {n['words']} for words and own-state heads",
+                   "held-out clips": str(n["test"]), "seed": str(self.about["seed"])})
     study = Folded(f"The founding study's report of {best.name}", [Preformatted(report)])
     return Page("Does a second sensor make decoding faster? featsd's demo on its built-in pair", c.answer(),
                 c.first_screen(), [
@@ -325,9 +326,9 @@ def page(self:DemoFound, report="")->Page: # the founding study's report of the 
         Section("Why: what the second sensor knows, in bits", bits),
         Section("What cosine says, and what it does not", [cosine[1], *cosine_parts(best, self.known)]),
         Section("Every adapter and every baseline", [
-            null_table(self.rows), STREAMS, "What was trained: L1 to L4 are adapters of growing size, own and "
-            "own+event "
-            "heads on the target's own states, without and with the draft's.", comparison_table(self.runs),
+            null_table(self.rows), STREAMS, "What was trained, side by side: L1 to L4 are adapters (one narrow "
+            "bottleneck, three, two wide ones, attention), own and own+event heads on the target's own states, "
+            "without and with the draft's.", comparison_table(self.runs),
             *best.notes]),
         *c.more, Section("The run", [*said["run"], where, *([study] if report else [])])])
 

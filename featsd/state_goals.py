@@ -57,14 +57,14 @@ def apart(pairs, alone)->float: # PairStates; {number: `answer_alone` of draft a
         worst = max(worst, *(float((a - b).abs().max()) for a, b in both))
     return worst
 
-def goal_of_extraction(b, pair, name, goal, at_least)->Goal:
+def goal_of_extraction(b, pair, name, goal, at_least, rounds=5)->Goal:
     "Pairs a second of a pair on the built-in world's clips, over the study's way"
-    data, rounds = open_clips("pocket", "test", 2 if b.quick else 8), 1 if b.quick else 5
+    data, rounds = open_clips("pocket", "test", 2 if b.quick else 8), 1 if b.quick else rounds
     clips, asked = list(data), data.questions[:2 if b.quick else 10]
     every = [(c, q) for c in clips for q in asked]
-    def alone(r): # a share of the pairs each round, all of them in the end: the others take as long
+    def alone(r): # a fifth of the pairs each round: the others take as long
         return {k: [answer_alone(m, *every[k]) for m in (pair.draft, pair.target)]
-                for k in range(max(r, 0), len(every), rounds)}
+                for k in range(max(r, 0), len(every), 1 if b.quick else 5)}
     ways = {"alone": timed(alone), "batched": timed(lambda r: pair_states(pair, clips, asked))}
     seconds, results = b(ways, rounds)
     worst = max(map(apart, results["batched"], results["alone"]))

@@ -249,6 +249,8 @@ def compiled_step(device, team=None): # (align, objective)
     if team is not None and not team.alone:
         raise FeatsdError("compiled: several processes share their dropout in a way that cannot be compiled; "
                           "train with one process, or leave it out")
+    # the compiler's cache does not tell instruction sets apart, and another one's code may give no numbers
+    torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
     try: torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as e:  # noqa: BLE001, whatever the compiler's tools raise
         said = " ".join(str(e).split())[:120]

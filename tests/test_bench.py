@@ -209,13 +209,16 @@ def test_a_small_disk_is_refused_before_anything_is_written(monkeypatch, tmp_pat
     assert code == 2 and "8.5 GB of free disk, found 1.0" in err and not list(tmp_path.iterdir())
 
 
-def test_scratch_goes_away_when_a_bench_fails(monkeypatch, tmp_path):
+def test_a_bench_that_fails_is_a_row_and_costs_no_other(monkeypatch, tmp_path):
     def act(b):
         (b.scratch/"big").write_bytes(b"x")
         raise RuntimeError("no")
     fake(monkeypatch, act=act)
-    with pytest.raises(RuntimeError): B.run_bench(out=tmp_path)
-    assert not list(tmp_path.iterdir())
+    (tmp_path/"scratch").mkdir()
+    result = B.run_bench(out=tmp_path/"scratch", json_file=tmp_path/"bench.json")
+    assert [(r["verdict"], r["note"]) for r in result["rows"]] == [("BROKEN", "RuntimeError: no")]
+    assert not list((tmp_path/"scratch").iterdir())
+    assert json.loads((tmp_path/"bench.json").read_text()) == json.loads(json.dumps(result))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -209,8 +209,8 @@ def test_words_that_win_are_said_to_win(monkeypatch):
 
 @pytest.mark.parametrize("event, own, says", [
     (.95, .5, "The second sensor pays."), (.5, .95, "The second sensor does not pay: the target's own states"),
-    (.8, .8, "The data does not say whether the second sensor pays: beside the own-state head it is not decided, as a "
-             "further input of that head it is not decided.")])
+    (.8, .8, "The data does not say whether the second sensor pays: beside a head on the target's own states it is not "
+             "decided, as a further input of that head not decided, and it must win both.")])
 def test_the_second_sensor_must_beat_the_targets_own_states(monkeypatch, event, own, says):
     synthetic(monkeypatch)
     made = {"words": lambda t: Guess(t, .2), "own": lambda t: Guess(t, own), "own+event": lambda t: Guess(t, event)}
@@ -225,6 +225,20 @@ def test_the_second_sensor_must_beat_the_targets_own_states(monkeypatch, event, 
     assert claims["wrong_event_over_own"] is None and json.loads(json.dumps(c.summary()))["claims"]["over_own"]["a"]
     c.rows = [r for r in c.rows if r.name != "own"]
     assert "pays is not known" in "\n".join(c.verdict())
+
+
+@pytest.mark.parametrize("target, draft, second", [
+    ("frames", "events", "second sensor"), ("frames", None, "second sensor"), (None, None, "second sensor"),
+    ("frames", "frames", "draft"), ("frames", "none", "draft"), ("none", "none", "draft")])
+def test_a_pair_that_sees_one_thing_is_not_said_to_have_two_sensors(monkeypatch, target, draft, second):
+    assert race.second_of(NS(target=NS(sensor=target), draft=NS(sensor=draft))) == second
+    synthetic(monkeypatch)
+    c = run({"words": lambda t: Guess(t, .2), "own": lambda t: Guess(t, .5), "own+event": lambda t: Guess(t, .95)}, n=8)
+    for r in c.rows: r.kind = {"words": "null", "own": "own", "own+event": "sensor"}[r.name]
+    c.about["second"] = second
+    said = "\n".join([*c.verdict(), c.answer(), str(C.decisions(c.claims(), c.second)), c.page().markdown()])
+    assert f"The {second} pays." in said and f"the {second} beside words alone" in said
+    assert ("second sensor" in said) == (second == "second sensor")
 
 
 def rows(*ms, name="r"): return [NS(label=f"{name}{i}", ms=list(m)) for i, m in enumerate(ms)]

@@ -332,6 +332,7 @@ def able(pair, kit, tmp_path_factory):
 
 
 PROMPTS = int(os.environ.get("FEATSD_PROMPTS", "1000"))
+FEW = min(10, PROMPTS // 4)
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +348,7 @@ def thousand(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OURS, "lookup+gated"])
 def test_a_thousand_prompts(name, pair, able, thousand):
-    "1,000 prompts × γ 1..8 in batches, the first 20 tokens of each answer; ten of them one by one as well, to the end"
+    "1,000 prompts × γ 1..8 in batches, the first 20 tokens of each answer; a few of them one by one as well, to the end"
     torch.set_num_threads(1)
     stood, fell, knows = 0, 0, {"oracle": OracleDraft, "adversarial": AdversarialDraft}.get(name)
     for k, (block, want) in enumerate(thousand):
@@ -358,8 +359,8 @@ def test_a_thousand_prompts(name, pair, able, thousand):
             stood += sum(sum(d.accepted) for d in done)
             fell += sum(sum(d.drafted) - sum(d.accepted) for d in done)
             if k: continue
-            alone = [speculative_decode(pair.target, d, p, gamma).ids for d, p in zip(drafters[:10], block)]
-            assert alone == want[:10]
+            alone = [speculative_decode(pair.target, d, p, gamma).ids for d, p in zip(drafters[:FEW], block)]
+            assert alone == want[:FEW]
     if name in ("aligned", "fused", "gated", "ngram", "template", "lookup+gated", "own+event"): # both paths were walked
         assert min(stood, fell) > 5 * PROMPTS
     print(f"{name}: {8 * PROMPTS:,} answers identical, {stood} drafted tokens stood, {fell} fell")

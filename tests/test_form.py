@@ -58,6 +58,13 @@ def test_cells_are_short(path):
     assert not [(i, n) for i, text in cells if text.startswith("#| export") and (n := len(full(text))) > CELL]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/"nbs").as_posix())
+def test_a_reader_without_a_kernel_sees_what_it_shows(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    shown = [bool(c["outputs"]) for c in cells if c["cell_type"] == "code" and not "".join(c["source"]).startswith("#|")]
+    assert 2 * sum(shown) >= len(shown)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_modules_are_short_and_functions_take_few_parameters(path):
     text = path.read_text(encoding="utf-8")

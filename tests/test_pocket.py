@@ -53,12 +53,12 @@ def check_null(pair, question):
     for g, real in REAL_TAU.items(): assert abs(got[g] / real - 1) <= .10
 
 
-@pytest.mark.parametrize("question", [0, 4])
+@pytest.mark.parametrize("question", [0])
 def test_language_null_is_as_strong_as_the_real_one(pair, question): check_null(pair, question)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("question", [1, 2, 3, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("question", [1, 2, 3, 4, 5, 6, 7, 8, 9])
 def test_language_null_of_every_question(pair, question): check_null(pair, question)
 
 

@@ -122,6 +122,7 @@ class Backbone:
     "A vision-language model as the rest of featsd sees it; a model class adds `see`, `prompt` and `from_pretrained`"
     kind = "backbone" # `model_type` in the checkpoint's config.json
     looks = None # (number, rule) of the frames it looks at, see `frame_indices`; None: those that a clip has
+    sensor = None # what it watches, of `processor.WATCHABLE`; None: its class does not say
     most = None # positions of a prompt; what is beyond them falls away, as in some models' own code
     penalty = 1. # on what the answer has said already; not 1: `generate` says other words than the head's first choices
 

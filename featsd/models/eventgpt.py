@@ -65,7 +65,7 @@ def event_prompt(tokenizer, question): # ids before and after the event tokens
 # %% ../../nbs/models/eventgpt.ipynb #cell010
 class EventGPT(Backbone):
     "EventGPT as a backbone: watches `clip.events`"
-    kind = "EventChat_llama"
+    kind, sensor = "EventChat_llama", "events"
 
     def __init__(self, net:EventChat, tokenizer, name, model_hash="", quant="fp32",
                  frames=5, adaptor_twice=False, polarity_order="last", max_duration_us=100_000, limit=2048):

@@ -82,7 +82,7 @@ def plus_prompt(tokenizer, question): # ids before and after the event tokens
 # %% ../../nbs/models/eventgpt_plus.ipynb #cell013
 class EventGPTPlus(Backbone):
     "EventGPT-Plus as a backbone: watches `clip.events`"
-    kind = "eventgpt_plus_qwen"
+    kind, sensor = "eventgpt_plus_qwen", "events"
 
     def __init__(self, net:EventChatPlus, tokenizer, name, model_hash="", quant="fp32",
                  canvas=(480, 640), # (H, W) of the sensor

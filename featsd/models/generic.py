@@ -60,8 +60,8 @@ class Generic(Backbone):
             raise FeatsdError(f"{name}: probe 'words': does not answer to words alone ({one_line(e, 160)}); "
                               "featsd cannot run this model") from None
         lm.requires_grad_(False)
-        self.wording, self.watching = wording, wording.watching
-        if self.watching.sensor == "frames": self.looks = self.watching.frames, self.watching.frame_rule
+        self.wording, self.watching, self.sensor = wording, wording.watching, wording.watching.sensor
+        if self.sensor == "frames": self.looks = self.watching.frames, self.watching.frame_rule
         self.summed, self.together, self.narrow = False, False, False # found by the probes
         self._shares = self._only = None # tried when first asked
         text = lm.config.get_text_config(decoder=True)

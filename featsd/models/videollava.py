@@ -35,7 +35,7 @@ def video_prompt(tokenizer, video_id, question, form="space"): # ids before and 
 # %% ../../nbs/models/videollava.ipynb #cell007
 class VideoLLaVA(Backbone):
     "Video-LLaVA as a backbone: watches `clip.frames`"
-    kind = "video_llava"
+    kind, sensor = "video_llava", "frames"
 
     def __init__(self, lm:VideoLlavaForConditionalGeneration, tokenizer, name, model_hash="", quant="fp32",
                  frames=8, frame_rule="linspace", prompt_form="space", all_ids=False,
