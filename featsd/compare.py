@@ -183,7 +183,7 @@ def pays(self:Comparison)->str:
     if both[0].groups < FEW: return f"From {both[0].groups} clips that decides nothing: compare on {FEW} or more."
     if self.best("sensor").measured.low <= 1: return f"The {s} is not faster than plain decoding here."
     if min(r.low for r in both) > 1:
-        if min(w.low for w in (over_own.whole, event.whole) if w) > 1: return f"The {s} pays."
+        if all(w.low > 1 for w in (over_own.whole, event.whole) if w): return f"The {s} pays."
         return f"The {s} pays for decoding, but not for whole answers of this length, from clip to last token."
     if min(r.high for r in both) < 1:
         return f"The {s} does not pay: the target's own states do as well without."

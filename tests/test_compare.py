@@ -241,6 +241,26 @@ def test_a_pair_that_sees_one_thing_is_not_said_to_have_two_sensors(monkeypatch,
     assert ("second sensor" in said) == (second == "second sensor")
 
 
+def test_it_must_win_whole_answers_too(monkeypatch):
+    synthetic(monkeypatch)
+    c = run({"own": lambda t: Guess(t, .5), "own+event": lambda t: Guess(t, .95)}, n=8)
+    for r in c.rows: r.kind = {"own": "own", "own+event": "sensor"}[r.name]
+    for own, says in ((3., "The second sensor pays."), (1., "The second sensor pays for decoding, but not for whole")):
+        for r in c.rows: r.whole_ms = [own if r.kind == "own" else 2.] * len(r.ms)
+        assert c.pays.startswith(says) and c.claims()["over_own"]["whole"].value == own / 2
+    for r in c.rows: r.whole_ms = []
+    assert c.pays == "The second sensor pays." and c.claims()["over_own"]["whole"] is None
+
+
+@pytest.mark.parametrize("kind, calls, ms", [ # an own-state head counts its own steps, and runs no draft
+    ("sensor", 1, 27.), ("control", 1, 27.), ("null", 1, 27.), ("null", 0, 20.), ("own", 1, 20.)])
+def test_a_whole_answer_pays_for_what_runs(kind, calls, ms):
+    ran = NS(done=NS(decode_ms=10., prefill_ms=5., draft_prefill_ms=2., ids=[1]), calls=calls)
+    timed = NS(see_ms=(3., 7.), plain_ms=[20.] * 2, start_ms=[5.] * 2, clips=["a", "b"], asked=[NS(answer=[1])] * 2)
+    got = race.speedups_by_clock(NS(kind=kind), [ran] * 2, timed, Procedure(n_boot=20))
+    assert got["whole_ms"] == [ms] * 2 and got["whole"].value == pytest.approx(28 / ms) and got["measured"].value == 2
+
+
 def rows(*ms, name="r"): return [NS(label=f"{name}{i}", ms=list(m)) for i, m in enumerate(ms)]
 
 
