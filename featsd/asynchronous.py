@@ -162,18 +162,24 @@ class Pace:
     def late(self, right):
         self.right, self.tried = .98 * self.right + right, .98 * self.tried + 1
 
-    def verify_ms(self, w):
-        "The fitted line; where all that was seen has one w, what others say of it: 5 % of a step for a token"
+    def line(self)->tuple: # a, b
+        "The fitted one; where all that was seen has one w, what others say of it: 5 % of a step for a token"
         n, sk, skk, sy, sky = self.sums
-        if not n: return 1.
+        if not n: return 1., 0.
         det = n * skk - sk * sk
         b = max(0., (n * sky - sk * sy) / det if det > 1e-6 * max(1., n * skk) else .05 * sy / n)
-        return max(1e-3, (sy - b * sk) / n + b * w)
+        return (sy - b * sk) / n, b
+
+    def verify_ms(self, w):
+        a, b = self.line()
+        return max(1e-3, a + b * w)
 
     def choose(self, have:int)->int: # tokens that are there → tokens to verify
         "The block with the most tokens per time"
-        a, least = min(self.alpha, .999), int(self.cycles % 32 == 31 and have > 0) # a try, whatever was learnt
-        pays = lambda w: (1 - a ** (w + 1)) / (1 - a) / self.verify_ms(w)
+        if not have: return 0
+        least = int(self.cycles % 32 == 31) # a try, whatever was learnt
+        alpha, (a, b) = min(self.alpha, .999), self.line()
+        pays = lambda w: (1 - alpha ** (w + 1)) / max(1e-3, a + b * w)
         return max(range(least, min(have, self.gamma) + 1), key=pays)
 
 # %% ../nbs/05e_asynchronous.ipynb #asyn15b
@@ -226,6 +232,10 @@ class Stream:
         while end in self.ids: end += 1
         return [self.ids[p] for p in range(n, end)]
 
+    def wrote(self, ids)->bool:
+        "The drafter has these tokens from itself, as far as what has come through goes"
+        return not self.wrong and self.ids.get(len(ids) - 1) == ids[-1]
+
 # %% ../nbs/05e_asynchronous.ipynb #asy019
 class Partner:
     "The other process, as the engine sees it"
@@ -245,6 +255,7 @@ class Partner:
         self.stream, self.told, self.ids, self.due = Stream(), 0, [], True
         a = self.pace.alpha # far away, what is soon behind the text must be written too; what is not right need not be
         ahead = self.ahead if a >= .5 else min(self.ahead, math.ceil(3 / (1 - a)))
+        self.seldom = max(1, ahead // 4)
         self.asked = Message("ask", self.answer, self.drafter, key, ask_settings(rule, limit, ahead))
         self.events = []
         if not self.duty.on and self.came_back(): self.duty.wake()
@@ -274,12 +285,13 @@ def say(self:Partner, link):
 
 @patch
 def tell(self:Partner, ids, seldom=8):
-    "What stands now; every so many tokens only to a side that is silent, or hardly ever right"
+    "What stands now; every so many tokens only to a side that wrote the same, is silent, or hardly ever right"
     self.ids = list(ids)
     if not self.duty.on: return
     if self.pace.alpha < .05: seldom = 4 * seldom
     idle = self.pace.alpha < .2 or (self.stream.branch < 0 and self.told >= seldom)
-    if len(ids) - self.told >= (seldom if idle else 1) and (link := self.alive()) is not None: self.say(link)
+    least = seldom if idle else self.seldom if self.stream.wrote(ids) else 1
+    if len(ids) - self.told >= least and (link := self.alive()) is not None: self.say(link)
 
 # %% ../nbs/05e_asynchronous.ipynb #asy021
 @patch

@@ -22,11 +22,11 @@ from .asynchronous import Partner, drafting_process, speculative_decode_async
 from .base.core import FeatsdError, lib_versions, plain_values, processor, write_json
 from .base.figures import Chart, Panel, Series
 from .base.page import Figure, Section, Terms
-from .base.stats import Interval, clip_bootstrap
+from .base.stats import FEW, Interval, clip_bootstrap
 from .base.tables import Column, Table
 from .decode import plain_decode, speculative_decode
 from .foretold import FAR, Always, Foreseen, Times, crossing, fitted_line, foretold_crossing, simulate
-from .race import FEW, Procedure, Watch, asked_of, quiet_clock
+from .race import Procedure, Watch, asked_of, quiet_clock
 
 # %% ../nbs/06b_at_once.ipynb #once010
 @dataclass
@@ -290,11 +290,10 @@ def verdict(self:AtOnce)->list: # lines
            f"({a['plain_ms']:.1f} ms per token), that is what counts as 1.{'' if a['quiet'] else noise}"]
     if best is None: return [*out, "No drafter gave the target's own ids at once: nothing is claimed."]
     m, turn = best.measured, best.in_turn
-    beside = (f"; {turn.value:.2f}x [{turn.low:.2f}, {turn.high:.2f}] of the same drafter in turn (γ {best.gamma})"
-              if turn else "")
+    beside = (f"; {turn.said(unit='x')} of the same drafter in turn (γ {best.gamma})" if turn else "")
     few = f"decides nothing, from {a['clips']} clips (compare on {FEW} or more)"
     pays = few if a["clips"] < FEW else "pays" if m.low > 1 else "does not pay for sure"
-    out.append(f"At once, {best.name} {pays}: {m.value:.2f}x [{m.low:.2f}, {m.high:.2f}] over plain decoding, "
+    out.append(f"At once, {best.name} {pays}: {m.said(unit='x')} over plain decoding, "
                f"{best.whole.value:.2f}x with prefills{beside}; ids identical on {best.identical}/{best.prompts}.")
     far = max(r.rtt_ms for r in self.rows)
     for r in self.reach:
@@ -322,18 +321,18 @@ def chart(self:AtOnce)->Chart:
     near = [r for r in self.rows if not r.mbit]
     panels = [Panel("every drafter", _curves(near, lambda r: r.name, not self.curve), *axes, marks=[one])]
     if len({r.rtt_ms for r in near}) < 2: # no distance was tried
-        names, bar = [r.name for r in near], dict(kind="hbar")
-        bars = [Series.of("measured", names, [r.measured for r in near], n=[r.prompts for r in near], **bar),
-                Series("estimate", names, [r.predicted for r in near], null=True, **bar)]
+        bars = [Series.of(r.name, [r.name], [r.measured], n=[r.prompts], kind="hbar") for r in near]
+        bars.append(Series("estimate", [r.name for r in near], [r.predicted for r in near], null=True, kind="hbar"))
         panels = [Panel("every drafter, side by side", bars, axes[1], "", marks=[("x", 1, "no gain")])]
     if self.curve:
         x, y = zip(*self.curve, strict=True)
         still = by_distance(self.rows, best.name)
-        seen = Series.of("measured", [r.rtt_ms for r in still], [r.measured for r in still], kind="points")
+        seen = Series.of(f"{best.name}, measured", [r.rtt_ms for r in still], [r.measured for r in still],
+                         kind="points")
         marks = [one, *(("x", r.predicted, f"as {r.over}") for r in self.reach if r.predicted)]
         panels.append(Panel(f"{best.name}, as far as it reaches", [seen, Series("estimate", x, y, null=True)], *axes,
                             marks=marks))
-    rate = lambda r: f"{r.mbit:g} Mbit/s" if r.mbit else "as fast as it goes"
+    rate = lambda r: f"{r.name}, {f'{r.mbit:g} Mbit/s' if r.mbit else 'as fast as it goes'}"
     if len({r.mbit for r in mine}) > 1: panels.append(Panel(f"{best.name} by rate", _curves(mine, rate), *axes,
                                                             marks=[one]))
     return Chart(f"Two models at once over the better plain decoding, {self.about['pair']}; distance is artificial",
@@ -346,10 +345,10 @@ def timeline(self:AtOnce)->Chart:
     kinds = list(dict.fromkeys(what for _, what, *_ in self.example))
     lanes = {"wire": "messages to the target", "draft": "drafting process", "target": "target's process"}
     spans = []
-    for k, what in enumerate(kinds):
+    for what in kinds:
         side, _, start, stop = zip(*(e for e in self.example if e[1] == what), strict=True)
         ms = [b - a for a, b in zip(start, stop, strict=True)]
-        spans.append(Series(what, [lanes[s] for s in side], ms, base=list(start), kind="span", colour=k))
+        spans.append(Series(what, [lanes[s] for s in side], ms, base=list(start), kind="span"))
     return Chart("One answer of two models at once, measured time stamps",
                  [Panel("", spans, "time since the question (ms)", "")], size=(9.5, 2.8))
 

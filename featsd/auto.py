@@ -313,7 +313,7 @@ def auto_section(result)->Section | None: # None where `auto` did not take part
               "Whether choosing at every token pays is not decided.")
     said = ("Look at whether the curve flattens: then the learner has found the best choice, and what it lost by then "
             f"is the price of not knowing it beforehand. Here the best fixed choice is {best}; over it the learner has "
-            f"{gain.value:.2f}x [{gain.low:.2f}, {gain.high:.2f}] (estimate from this run's own times).")
+            f"{gain.said(unit='x')} (estimate from this run's own times).")
     return Section("Choosing while decoding", [
         f"By the clock: {clock}. {chosen}",
         Figure(learner.chart("answers decoded"), said, "auto_regret"), learner.table()])

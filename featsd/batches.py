@@ -12,7 +12,7 @@ __all__ = ['StepFit', 'fit_steps', 'Drafting', 'drafting_of', 'BatchModel', 'sch
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 
 import numpy as np
@@ -426,20 +426,20 @@ def verdict(self:BatchRun)->list: # lines
 def chart(self:BatchRun)->Chart:
     "Measured points on fitted curves: what a step costs, and what follows of it"
     steps, speeds, m = [], [], self.model
-    for colour, side in enumerate(("target", "draft")):
+    for side in ("target", "draft"):
         points = sorted(self.points[side], key=lambda p: p[2])
         if not points: continue
         x, y = [p[2] for p in points], [p[4] for p in points]
         said = [f"batch {p[0]}, {p[3]:.0f} KV tokens" for p in points]
         line = [m.fit(side, p[0]).ms(*p[1:4]) for p in points]
-        steps.append(Series(f"{side}, measured", x, y, kind="points", colour=colour, text=said))
-        steps.append(Series(f"{side}, fitted", x, line, colour=colour, text=said))
-    for colour, g in enumerate(self.about["gammas"]):
+        steps.append(Series(f"{side}, measured", x, y, kind="points", text=said))
+        steps.append(Series(f"{side}, fitted", x, line, text=said))
+    for colour, g in zip(cycle((3, 4, 5, 7)), self.about["gammas"], strict=False): # no drafter's colour
         mine = [r for r in self.rows if r.gamma == g]
         speeds.append(Series.of(f"γ {g}, measured", [r.batch for r in mine], [r.measured for r in mine], kind="points",
-                                colour=colour + 2))
+                                colour=colour))
         every = list(range(min(self.batches), max(self.batches) + 1))
-        speeds.append(Series(f"γ {g}, fitted", every, [m.speed(B, g) for B in every], colour=colour + 2))
+        speeds.append(Series(f"γ {g}, fitted", every, [m.speed(B, g) for B in every], colour=colour))
     stop = m.stops_at(max(self.batches))
     marks = [("y", 1, "no gain"), *([("x", stop, "none pays")] if stop else [])]
     return Chart(f"Many answers at once, {self.about['pair']}, {self.about['drafter']}: lines are estimates",

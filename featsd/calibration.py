@@ -12,7 +12,7 @@ __all__ = ['BUCKETS', 'CONJECTURE', 'SHOWN', 'SCORES', 'GAINS', 'auroc', 'share_
 
 # %% ../nbs/03b_calibration.ipynb #cell002
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from .data.scores import aligner
 from .data.store import check_states
 from .metrics import accepts
 from .models.words import NGramTable
-from .nulls import chart_intervals
+from .nulls import STREAM_WORDS, chart_intervals
 
 # %% ../nbs/03b_calibration.ipynb #cell005
 def auroc(score, # [P] finite
@@ -274,7 +274,9 @@ def own_gain_table(g)->Table: # of `own_gain`
     return Table("Beside the target's own states, bits per target token", [
         Column("own", ".3f"), Column("aligned", ".3f"), Column("own ⊕ aligned", ".3f"), Column("G_own", ".3f"),
         Column("net of sharpening", ".3f"), Column("G_own, wrong clip", ".3f"), Column("tokens", ",")],
-        [[g.own, g.aligned, g.fused, g.gain, g.net, g.wrong, g.n]], [f"The draft {says}."])
+        [[g.own, g.aligned, g.fused, g.gain, g.net, g.wrong, g.n]], [f"The draft {says}.",
+         "own: bits that a head on the target's own states leaves open; aligned: the adapter; ⊕: both laws together; "
+         "G_own: own less both; net: the same against own, sharpened."])
 
 # %% ../nbs/03b_calibration.ipynb #cell020
 def word_tables(words, # Answers of training clips
@@ -370,6 +372,7 @@ def calibrate(m, # Measurement of the adapter on `test`
               words=None, # Answers of training clips, or a table ready fitted, or {question: table}
               head=None, n_boot=400, max_pairs=400, # of validation answers
               own=None, # an own-state head: adds `G_own`
+              which=None, # scores to look at; None: all
              )->Calibration:
     "Token match by cosine and confidence from a measurement's scores; with validation states and words the gain"
     mine = {s: m.scores[s, m.name] for s in m.metrics}
@@ -378,8 +381,9 @@ def calibrate(m, # Measurement of the adapter on `test`
                           "give `measure` the target's head")
     first = (next(iter(mine)), "draft_wrong")
     beside = {k: x for (s, k), x in m.scores.items() if k in SHOWN and k != m.name and s in first}
-    known = lambda x: {k: reliability_of(x, k, n_boot) for k in SCORES if getattr(x, k) is not None}
-    claims = lambda x: {k: conjecture(x, k, n_boot) for k in ("cos", "centred") if getattr(x, k) is not None}
+    has = lambda x, *some: [k for k in some if k in (which or SCORES) and getattr(x, k) is not None]
+    known = lambda x: {k: reliability_of(x, k, n_boot) for k in has(x, *SCORES)}
+    claims = lambda x: {k: conjecture(x, k, n_boot) for k in has(x, "cos", "centred")}
     out = Calibration(m.name, *({k: f(x) for k, x in of.items()}
                                 for f, of in ((known, mine), (known, beside), (claims, mine))))
     if val is None or test is None or words is None:
@@ -392,7 +396,7 @@ def calibrate(m, # Measurement of the adapter on `test`
     return out
 
 SCORES = {"cos": "cos (aligned, target), mean of bucket", "centred": "centred cos, mean of bucket",
-          "confidence": "top-1 probability of the drafter, mean of bucket"} # that may sort matches from mismatches
+          "confidence": "probability of the drafter's first choice, mean of bucket"} # may sort right from wrong
 
 # %% ../nbs/03b_calibration.ipynb #calib002
 def worth_of_events(right, wrong, n_boot=400)->Interval | None:
@@ -470,10 +474,15 @@ def scores_table(c:Calibration)->Table:
     "AUROC and ECE of every score: the adapter's, the baselines', the laws'"
     rows = [(f"{k}, {_short(s)}", r) for s, by in (c.curves | c.nulls).items() for k, r in by.items()]
     rows += [(f"{k}, {g}", r) for g, gain in c.gains.items() if "wrong" not in g for k, r in gain.sure.items()]
-    return Table("Does the score sort, and does it mean what it says?",
+    notes = ["AUROC: how well a score sorts right from wrong tokens, .5 not at all, 1 without mistakes; ECE: how far "
+             "it is off on average if it is read as a probability. centred: cosine without each position's mean state; "
+             "confidence: probability of the first choice. forced: the draft reads the target's words; free: its own "
+             "answer; fused law: words and adapter together."]
+    return Table(f"{c.name}: does the score sort, and does it mean what it says?",
                  ["score", Column("AUROC", ".3f"), Column("ECE", ".3f"), Column("same token", ".3f")],
-                 [[name, r.auroc, r.ece, r.match.value] for name, r in rows])
+                 [[name, r.auroc, r.ece, r.match.value] for name, r in rows], notes)
 
+# %% ../nbs/03b_calibration.ipynb #sorts001b
 def gain_table(gains:dict)->Table: # name -> Gain
     "The gain, and what may be concluded from it"
     values = ("words", "sharpened", "aligned", "fused")
@@ -488,8 +497,10 @@ def gain_table(gains:dict)->Table: # name -> Gain
                      "each with weights of its own.")
     if len(first.by_question) > 1:
         notes.append("By question: " + "; ".join(f"{q} {v}" for q, v in first.by_question.items()))
-    notes.append("n-gram: bits that words alone leave open; sharper: the same law, sharpened; aligned: the adapter's "
-                 "law alone; fused: words^a times adapter^b; G: n-gram less fused; net: sharper less fused.")
+    notes.append("forced: the draft reads the target's words; free: its own answer; wrong clip: it saw another one. "
+                 "n-gram: bits that words alone leave open; sharper: the same law, sharpened; aligned: the adapter's "
+                 "alone; fused: words^a times adapter^b, with weights of this table only, fitted on each stream "
+                 "(wrong: those of forced; refitted: its own); G: n-gram less fused; net: sharper less fused.")
     return Table("Cross-modal gain, bits per target token", [
         "stream", Column("a", ".2f"), Column("b", ".2f"), Column("n-gram", ".3f"), Column("sharper", ".3f"),
         Column("aligned", ".3f"), Column("fused", ".3f"), Column("G", ".3f"), Column("net", ".3f"),
@@ -498,7 +509,7 @@ def gain_table(gains:dict)->Table: # name -> Gain
 def calibration_report(c:Calibration)->str:
     "Text: the conjecture and what was measured, every bucket, AUROC and ECE, the gain in bits"
     parts = [f"Calibration of {c.name} (95 % intervals grouped by clip; beside each the positions)"]
-    parts += [claims_table(s, kinds) for s, kinds in c.claims.items()]
+    parts += [claims_table(s, kinds) for s, kinds in c.claims.items() if kinds]
     for k in SCORES:
         have = {s: r[k] for s, r in c.curves.items() if k in r}
         if have: parts.append(buckets_table(k, have))
@@ -510,10 +521,9 @@ def calibration_report(c:Calibration)->str:
 # %% ../nbs/03b_calibration.ipynb #cell024
 def _curve(name, r, null=False):
     "P(same token) by bucket, with its interval; of a baseline without"
-    match = [b["match"] for b in r.buckets]
-    ends = (None, None) if null else ([v.low for v in match], [v.high for v in match])
-    x, n = ([b[k] for b in r.buckets] for k in ("mean", "n"))
-    return Series(name, x, [v.value for v in match], *ends, n, null=null)
+    x, n, match = ([b[k] for b in r.buckets] for k in ("mean", "n", "match"))
+    out = Series.of(name, x, match, n=n, null=null)
+    return replace(out, lo=None, hi=None) if null else out
 
 def chart_reliability(series, # of buckets
                       title, x)->Chart:
@@ -525,16 +535,16 @@ def calibration_figures(c:Calibration)->dict: # file name -> Chart
     out, sure = {}, next(iter(c.gains.values())).sure if c.gains else {}
     at, said = [t + .025 for t, _ in CONJECTURE], [y for _, y in CONJECTURE]
     for k, x in SCORES.items():
-        series = [_curve(f"{c.name}, {_short(s)}", r[k]) for s, r in c.curves.items() if k in r]
+        series = [_curve(f"{c.name}, {STREAM_WORDS.get(s, s)}", r[k]) for s, r in c.curves.items() if k in r]
         if not series: continue
         series += [_curve(n, r[k], True) for n, r in c.nulls.items() if k in r and (k != "confidence" or n == SHOWN[0])]
         if k == "confidence":
             series += [_curve(n, r, n != "fused law") for n, r in sure.items()]
-            series.append(Series("calibrated", [0, 1], [0, 1], null=True))
+            series.append(Series("means what it says", [0, 1], [0, 1], null=True))
         if k == "cos": series.append(Series("the study's conjecture", at, said, kind="points", colour=6))
         out[f"reliability_{k}"] = chart_reliability(series, f"{c.name}: same token by {k}", x)
-    bars = [(k, g.gain, g.n, "wrong" in k) for k, g in c.gains.items()]
-    if c.own: bars.append(("forced, over the target's own states", c.own.gain, c.own.n, False))
+    bars = [(STREAM_WORDS[k], g.gain, g.n, "wrong" in k) for k, g in c.gains.items()]
+    if c.own: bars.append(("the same, over the target's own states", c.own.gain, c.own.n, False))
     title, x = f"{c.name}: cross-modal gain on held-out clips", "G (bits per target token)"
     if bars: out["cross_modal_gain"] = chart_intervals(bars, title, x)
     return out

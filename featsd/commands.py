@@ -10,16 +10,15 @@ __all__ = ['featsd_extract', 'featsd_pocket_train', 'featsd_adapters', 'trained'
 # %% ../nbs/09_commands.ipynb #cell002
 from fastcore.script import Param, call_parse, store_true
 
-from .base.core import FeatsdError, at_least, check_file, check_writable, command, path_list
+from .base.core import (
+    FeatsdError, at_least, check_file, check_writable, command, name_list, parse_value, path_list)
 
 # %% ../nbs/09_commands.ipynb #cell003
-def numbers(text, flag, kind=int)->list: # of `kind`
+def numbers(text, flag, kind=int)->list: # of `kind`, each once
     "Numbers with commas between"
-    try: return [kind(x) for x in text.split(",") if x]
-    except ValueError: what = f"expected {'whole ' * (kind is int)}numbers with commas between"
+    try: return list(dict.fromkeys(parse_value(x, kind, flag) for x in text.split(",") if x))
+    except FeatsdError: what = f"expected {'whole ' * (kind is int)}numbers with commas between"
     raise FeatsdError(f"--{flag}: {what}, found {text!r}")
-
-def parts(text)->list: return [part for part in text.split(",") if part]
 
 def picked(flags, *keys)->dict: return {k: flags[k] for k in keys} # flags that are settings of the same name
 
@@ -220,6 +219,7 @@ def featsd_timeline(
         from featsd.fit import adapter_of
         from featsd.models.backbone import clips_seen, load_pair
         check_writable(output_dir, "timing.json", "plan.json")
+        at_least(1, clips=clips, questions=questions, runs=runs)
         data, models = open_clips(dataset_dir, "test", clips), load_pair(pair, quant=quant)
         data, asked = shown_to(data, models.target, models.draft), first_questions(data, questions)
         adapter = None if checkpoint is None else adapter_of(checkpoint, models)
@@ -328,7 +328,8 @@ def decoded(flags): # of `featsd_decode`
     from featsd.decode import Sampling, rule_of
     from featsd.generate import Asking, Recipe, decode_clips
     from featsd.models.backbone import load_pair
-    sampling = Sampling(**picked(flags, "temperature", "top_k", "top_p", "seed")) if flags["temperature"] else None
+    law = picked(flags, "temperature", "top_k", "top_p", "seed")
+    sampling = Sampling(**law) if law["temperature"] or law["top_k"] or law["top_p"] != 1 else None
     decode_clips(load_pair(flags["pair"], quant=flags["quant"]), rule=rule_of(flags["mode"], flags["tau"], sampling),
                  asking=Asking(**picked(flags, "clip", "question", "dataset_dir", "split")),
                  recipe=Recipe(**picked(flags, "drafter", "adapter", "words", "val", "min_confidence")),
@@ -358,7 +359,7 @@ def featsd_decode(
     seed:int=0, # of the sampling
     max_new_tokens:int=50, # tokens per answer
     mode:str="lossless", # lossless, or lossy: the founding study's Mode B, which accepts by cosine and changes the text
-    tau:float=.9, # cosine threshold of the lossy mode
+    tau:float=None, # cosine threshold of the lossy mode; default .9
     quant:str="fp32", # fp32, bf16, fp16, 8bit or 4bit
     certificate:str=None, # also certify losslessness on `prompts` prompts and write the certificate (JSON) here
     prompts:int=20, # prompts of the certificate
@@ -385,7 +386,7 @@ def compared(flags): # of `featsd_compare`
     held_out = HeldOut(**picked(flags, "dataset_dir", "split", "clips", "questions", "duration"))
     learned = picked(flags, "words", "val", "word_clips", "val_clips", "batch_clips", "dynamic", "short_list")
     fitting = Fitting(path_list(flags["adapter"]), depths, cache=out, **learned)
-    same = picked(flags, "pair", "quant", "wrong_clip") | {"drafters": parts(flags["drafters"]) or None}
+    same = picked(flags, "pair", "quant", "wrong_clip") | {"drafters": name_list(flags["drafters"], "drafters") or None}
     timed = picked(flags, "max_new_tokens", "seed", "plain_runs", "transformers")
     if load: same["pair"] = pair_with_room(flags["pair"], load, Procedure(gammas, **timed), held_out, flags["quant"])
     for n in counts or [1]:
@@ -492,8 +493,7 @@ def featsd_bench(
     import featsd.token_goals  # noqa: F401, goals register themselves
     from featsd.bench import bench_table, run_bench
     check_file(json)
-    names = [n for n in only.split(",") if n] if only else None
-    result = run_bench(names, quick, out, big_gb, threads, seed, json, progress=True)
+    result = run_bench(name_list(only, "only") or None, quick, out, big_gb, threads, seed, json, progress=True)
     print(bench_table(result))
     if any(r["verdict"] == "BROKEN" for r in result["rows"]): raise SystemExit(1)
 
@@ -522,8 +522,7 @@ def featsd_figures(
     study:str=None, # folder of the study's published results: also computes study.json anew
 ):
     "Draw every picture of the README again from the committed result files; same files, same bytes on one machine"
-    from pathlib import Path
     from featsd.base.core import write_json
     from featsd.report import draw_figures, study_pictures
-    if study: write_json(Path(folder)/"study.json", study_pictures(study))
+    if study: write_json(f"{folder}/study.json", study_pictures(study))
     for name in draw_figures(folder): print(f"{folder}/{name}.png")

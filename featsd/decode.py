@@ -68,8 +68,7 @@ class Sampling:
     def __post_init__(self):
         if not self.temperature > 0:
             raise FeatsdError(f"temperature {self.temperature}: expected > 0; for greedy decoding give no sampling")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
-            raise FeatsdError(f"top_k {self.top_k}: expected an integer ≥ 0")
+        if self.top_k < 0 or self.top_k % 1: raise FeatsdError(f"top_k {self.top_k}: expected an integer ≥ 0")
         if not 0 < self.top_p <= 1: raise FeatsdError(f"top_p {self.top_p}: expected a share in (0, 1]")
         self.generator = torch.Generator().manual_seed(self.seed)
 
@@ -236,12 +235,14 @@ class Cosine(Rule):
         return n, best[n]
 
 def rule_of(mode="lossless", # "lossless" or "lossy"
-            least_cos=.9, sampling:Sampling=None)->Rule: # None: greedy
+            least_cos=None, sampling:Sampling=None)->Rule: # of lossy alone, default .9; None: greedy
     "The rule that a command's words stand for"
     if mode not in ("lossless", "lossy"): raise FeatsdError(f"mode {mode!r}: expected 'lossless' or 'lossy'")
-    if mode == "lossy" and sampling is not None:
-        raise FeatsdError("mode 'lossy' is greedy; leave the sampling away")
-    return Cosine(least_cos) if mode == "lossy" else Greedy() if sampling is None else Sampled(sampling)
+    if mode == "lossy" and sampling is not None: raise FeatsdError("mode 'lossy' is greedy; leave the sampling away")
+    if least_cos is not None and not (mode == "lossy" and -1 <= least_cos <= 1):
+        raise FeatsdError(f"tau {least_cos}: expected a cosine, -1 to 1, for --mode lossy alone")
+    if mode == "lossy": return Cosine() if least_cos is None else Cosine(least_cos)
+    return Greedy() if sampling is None else Sampled(sampling)
 
 # %% ../nbs/05_decode.ipynb #cell028
 @dataclass
@@ -341,10 +342,9 @@ def book(out, x, n, new, t0, t1, t2, t3, text=0.): # text: ms of drafting that w
 
 def check_decoding(gamma, max_new_tokens, rule=Greedy()):
     "What every engine asks of its settings"
-    if int(gamma) != gamma or gamma < 1:
-        raise FeatsdError(f"gamma {gamma}: expected an integer ≥ 1; for plain decoding use the drafter 'null'")
-    if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1:
-        raise FeatsdError(f"max_new_tokens {max_new_tokens}: expected an integer ≥ 1")
+    if int(gamma) != gamma or not 1 <= gamma <= 4096:
+        raise FeatsdError(f"gamma {gamma}: expected an integer, 1 to 4096; for plain decoding use the drafter 'null'")
+    if max_new_tokens % 1 or max_new_tokens < 1: raise FeatsdError(f"max_new_tokens {max_new_tokens}: expected ≥ 1")
     if not isinstance(rule, Rule):
         raise FeatsdError(f"rule {rule!r}: expected Greedy(), Sampled(Sampling(…)) or Cosine(least_cos)")
 
@@ -547,6 +547,7 @@ def wide_decode(target, prompt, width, max_new_tokens=50)->list: # ids
 # %% ../nbs/05_decode.ipynb #cell059
 def certify(target, drafter:Drafter, prompts, gamma=5, max_new_tokens=50, decode=speculative_decode)->Certificate:
     "Is greedy speculative decoding with this drafter the target's own decoding, up to its measured rounding?"
+    if not prompts: raise FeatsdError("0 prompts to certify; give at least one")
     identical, tokens, band, worst, control, divergences, short = 0, 0, 0., 0., 0, [], []
     for k, prompt in enumerate(prompts):
         want = plain_decode(target, prompt, Greedy(), max_new_tokens).ids
@@ -564,6 +565,5 @@ def certify(target, drafter:Drafter, prompts, gamma=5, max_new_tokens=50, decode
             divergences.append({"prompt": k, "position": at, "plain_id": want[at], "emitted_id": ids[at],
                                 "gap": (top[0] - top[1]).item()})
     procedure = "greedy ids against 1-token decoding; each emitted token within 2 noise bands of the best logit"
-    dtype = str(target.dtype).removeprefix("torch.")
-    return Certificate(procedure, target.name, drafter.name, dtype, gamma, len(prompts), tokens, identical, band, worst,
-                       divergences, control, short)
+    return Certificate(procedure, target.name, drafter.name, str(target.dtype).removeprefix("torch."), gamma,
+                       len(prompts), tokens, identical, band, worst, divergences, control, short)

@@ -398,7 +398,7 @@ def fit_adapter(label, adapter, layers, pair, tables, val, prompts, max_new_toke
     stop = {name: fit_gate(ops, gates=gates, costs=costs)
             for name, gates in (("ngram", (0.,)), (fused, (1.01,)), (gated, GATES))}
     return Fitted(weights, gate, stop, fit_auto(ops, costs) if field == "adapter" else None), [
-        f"{label}: fusion weights {weights[0]:.2f} (table), {weights[1]:.2f} (adapter); "
+        f"{gated}, {label}: fusion weights {weights[0]:.2f} (table), {weights[1]:.2f} ({field}); "
         f"the table drafts alone where it is {gate:.2f} sure; fitted on {len(val)} validation answers"]
 
 # %% ../nbs/05b_fit.ipynb #cell026

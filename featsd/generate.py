@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .base.core import FeatsdError, check_file
+from .base.core import FeatsdError, check_file, path_list
 from .base.figures import PALETTE, at_home, remember
 from .calibration import fit_fusion
 from .data.clips import first_questions, open_clips, questions_of, shown_to
@@ -98,12 +98,16 @@ class Recipe:
     val: str = None      # store of validation clips: fits fusion weights and gate
     min_confidence: float = 0. # drafting stops under it
 
+    def __post_init__(self):
+        if not 0 <= self.min_confidence <= 1:
+            raise FeatsdError(f"min_confidence {self.min_confidence}: expected a probability, 0 to 1")
+
 def prepare_drafter(recipe:Recipe, pair, questions, max_new_tokens=50, data="")->Drafter: # data: `data_id` of the clips
     "A drafter from files"
     r, needs = recipe, needs_of(recipe.drafter)
     kit = Kit(pair, min_confidence=r.min_confidence, max_new_tokens=max_new_tokens)
     if r.adapter and needs & {"adapter", "own", "event"}:
-        for adapter, _ in adapters_of(r.adapter.split(",")).values(): setattr(kit, field_of(adapter), adapter)
+        for adapter, _ in adapters_of(path_list(r.adapter)).values(): setattr(kit, field_of(adapter), adapter)
     expert = next((x for k in ("adapter", "own") if k in needs and (x := getattr(kit, k)) is not None), None)
     if r.words and needs & {"ngram", "template"}:
         kit.ngram, template = fit_words(r.words, questions, pair.target, asked=data)
@@ -172,7 +176,10 @@ class Asking:
             raise FeatsdError(f"clip {self.clip}: {clips.name} {self.split} has {len(clips)} clips, "
                               f"0 to {len(clips) - 1}")
         known = getattr(clips, "own", {}).get(clips.clip_ids[self.clip], clips.questions)
-        return clips, known[int(q)] if q.isdigit() and int(q) < len(known) else q
+        if not (q.isascii() and q.isdigit()): return clips, q
+        if int(q) >= len(known):
+            raise FeatsdError(f"question {q}: the clip has {len(known)} questions, 0 to {len(known) - 1}")
+        return clips, known[int(q)]
 
 # %% ../nbs/05c_generate.ipynb #cell018
 def decode_clips(pair="pocket", # Pair, "pocket", or "draft=FOLDER,target=FOLDER"
@@ -257,7 +264,7 @@ STYLE = f"""<style>
 .fsd{{display:flex;flex-wrap:wrap;gap:2px 4px;font:14px/1.4 monospace}}
 .fsd div{{display:flex;flex-direction:column;padding:1px 3px;border-bottom:3px solid transparent;position:relative}}
 .fsd .a{{border-bottom-color:{PALETTE[0]}}} .fsd .o{{border-bottom:3px dotted #8a8a8a}}
-.fsd s{{text-decoration:2px line-through {PALETTE[1]}}} .fsd i{{opacity:.7}} .fsd small{{font-size:11px}}
+.fsd s{{text-decoration:2px line-through {PALETTE[3]}}} .fsd i{{opacity:.7}} .fsd small{{font-size:11px}}
 .fsd .n{{border-bottom-color:transparent}}
 .fsd div:focus::after{{content:attr(title);position:absolute;top:100%;left:0;z-index:9;white-space:pre;padding:4px 8px;
 background:#222;color:#fff;font-size:12px}}</style>""" # a title shows under a pointer only

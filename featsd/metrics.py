@@ -371,10 +371,10 @@ def chart_summary(m:dict, # of `compute_all_metrics_parallel`
     places = Series("", list(range(len(positions))), positions, n=counts, kind="bar", colour=0)
     runs = [m[f"consecutive_mean_{k}"] for k in keys]
     both = [f"{run:.2f} ({m[f'accept_{k}']:.0%} overall)" for run, k in zip(runs, keys, strict=True)]
-    bars = Series("", names, runs, n=[n] * len(names), kind="bar", colour=2, text=both)
+    bars = Series("", names, runs, n=[n] * len(names), kind="bar", colour=0, text=both)
     speed = {"prefill": m["speedup_prefill"], f"decode, γ = {g}": m[f"speedup_decode_gamma{g}"],
              "end to end": m["speedup_e2e"]}
-    seed = Series("", list(speed), list(speed.values()), n=[n] * 3, kind="bar", colour=4,
+    seed = Series("", list(speed), list(speed.values()), n=[n] * 3, kind="bar", colour=3,
                   text=[f"{v:.2f}x" for v in speed.values()])
     mean, one = [("x", m["cos_sim_mean"], f"mean {m['cos_sim_mean']:.3f}")], [("y", 1, "no gain")]
     first = "accepted before the first rejection (tokens)"
@@ -425,11 +425,11 @@ def by_position(name, s:Scores, accept, # [P] bool
     for i in range(min(int(s.lens.max()), last)):
         at = s.offsets[:-1][s.lens > i] + i
         at, who = at[s.valid[at]], clips[s.lens > i][s.valid[at]]
-        if not len(at): points.append((None, None, None, 0))
-        elif null: points.append((float(accept[at].mean()), None, None, len(at)))
-        else: points.append((*clip_bootstrap(accept[at], who.tolist(), n_boot)[:3], len(at)))
-    y, lo, hi, n = (list(x) for x in zip(*points, strict=True))
-    return Series(name, list(range(len(y))), y, n=n, null=null, **({} if null else {"lo": lo, "hi": hi}))
+        if not len(at): points.append((Interval(None, None, None, 0), 0))
+        elif null: points.append((Interval(float(accept[at].mean()), None, None, 0), len(at)))
+        else: points.append((clip_bootstrap(accept[at], who.tolist(), n_boot), len(at)))
+    shares, n = map(list, zip(*points, strict=True))
+    return Series.of(name, list(range(len(n))), shares, n=n, null=null)
 
 def chart_positions(series, # of `by_position`, or your own
                     title="Acceptance by position", y="accepted (share of answers with that position)")->Chart:

@@ -437,7 +437,7 @@ def event(self:OwnReader, ids): # [K] tokens → [K, Dd] the draft's states behi
 
 @patch
 def push(self:OwnReader, ids): # [1, 1] a drafted token, perhaps still on the device → [1, W]
-    self.calls += 1
+    self.calls += self.model is not None # forwards of the draft model
     e = self.event(ids[0])
     if e is not None: self.events.append(e)
     self.out.append(self.steps.go_on(self.out[-1], ids[0], e))

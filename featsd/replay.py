@@ -320,8 +320,8 @@ def replay(answers:Answers, fit_fraction=.5, # of the clips, in the order of the
            n_boot=1000)->Replay:
     "τ of every token-level drafter on a log, with intervals; with stage times also estimated speedups"
     if not 0 < fit_fraction < 1: raise FeatsdError(f"fit_fraction {fit_fraction}: expected a share between 0 and 1")
-    if bad := [g for g in [*gammas, *nodes] if int(g) != g or g < 1]:
-        raise FeatsdError(f"gamma {bad[0]}: expected drafted tokens ≥ 1")
+    if bad := [g for g in [*gammas, *nodes] if int(g) != g or not 1 <= g <= 4096]:
+        raise FeatsdError(f"gamma {bad[0]}: expected 1 to 4096 drafted tokens")
     fit, test = answers.split(fit_fraction)
     if not len(fit) or not len(test):
         raise FeatsdError(f"replay: {len(answers.clips)} clips give {len(fit)} answers to fit on and {len(test)} to "
@@ -350,8 +350,8 @@ def _notes(done)->list: # of a Replay
     out = [f"raw draft tokens, all answers: {a['raw_consecutive_all']:.4f} in a row, {a['raw_match_0_all']:.4f} "
            "match at position 0"]
     if a["skipped"]: out.append(f"{len(a['skipped'])} records skipped, the first: {a['skipped'][0]}")
-    out.append(f"The draft's words: weight {k.weight:g}, they save {k.gain.value:+.3f} [{k.gain.low:+.3f}, "
-               f"{k.gain.high:+.3f}] of {k.bits:.2f} bits per token; another clip's words save {k.gain_other:+.3f}")
+    out.append(f"The draft's words: weight {k.weight:g}, they save {k.gain.said('+.3f')} "
+               f"of {k.bits:.2f} bits per token; another clip's words save {k.gain_other:+.3f}")
     if t:
         g = a["gammas"][-1] + 1
         out.append(f"Speedups are estimates from {t.source}: words cost nothing, γ + 1 tokens are verified in v({g}) "
@@ -393,8 +393,7 @@ def chart(self:Replay)->Chart:
     some = ("template", "longest suffix", f"n-gram, order {self.about['order']}", "raw draft tokens",
             "template, then n-gram")
     shown = [r for r in self.rows if r.tree or r.name in some]
-    curves = [Series(r.name, list(r.tau), *([getattr(i, k) for i in r.tau.values()] for k in ("value", "low", "high")),
-                     null=r.kind == "draft") for r in shown]
+    curves = [Series.of(r.name, list(r.tau), list(r.tau.values()), null=r.kind == "draft") for r in shown]
     top = 1.05 * max(i.high for r in shown for i in r.tau.values())
     x, y = "drafted tokens per cycle (nodes of a tree)", "τ, tokens per target forward"
     panel = Panel("", curves, x, y, ylim=(0, top))
@@ -405,8 +404,7 @@ def page(self:Replay)->Page:
     "The tables and the chart, and what they say"
     table, trees, best = self.table(), self.trees(), max(self.rows, key=lambda r: max(i.value for i in r.tau.values()))
     at, tau = max(best.tau.items(), key=lambda kv: kv[1].value)
-    most = f"{tau.value:.2f} [{tau.low:.2f}, {tau.high:.2f}]"
-    answer = (f"Without any model at run time {best.name} would bring {most} tokens per target forward at "
+    answer = (f"Without any model at run time {best.name} would bring {tau.said()} tokens per target forward at "
               f"{at} drafted {'nodes' if best.tree else 'tokens'}; plain decoding brings 1.")
     caption = ("Look at how soon a curve goes flat: from there on more guesses cost verification and bring nothing. "
                f"Grey, the draft model's own tokens. Here the best, {best.name}, ends at {tau.value:.2f}.")
@@ -525,7 +523,6 @@ def windows_chart(table, # of `windows_table`
                   gamma=5)->Chart:
     "τ of words alone by window length"
     x, names = [r[0] for r in table.rows], ("raw draft tokens", "template", "n-gram table")
-    curves = [Series(name, x, *([getattr(r[k], end) for r in table.rows] for end in ("value", "low", "high")),
-                     null=k == 2) for k, name in enumerate(names, 2)]
+    curves = [Series.of(name, x, [r[k] for r in table.rows], null=k == 2) for k, name in enumerate(names, 2)]
     panel = Panel("", curves, "window (seconds)", f"τ at γ {gamma}, tokens per target forward")
     return Chart("Words alone, by the length of the window that both models saw", [panel])

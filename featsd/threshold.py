@@ -118,7 +118,7 @@ def chart_threshold(v, # of `threshold_view`
     every = [f"threshold {t:.2f}" for t in THRESHOLD_STEPS]
     nulls = lambda x, y: [Series(n, *(THRESHOLD_STEPS if k is None else w[k] if isinstance(k, str) else w["frontier"][k]
                                       for k in (x, y)), null=True) for n, w in (beside or {}).items() if w]
-    here = lambda x, y: Series("here", [x], [y], kind="points", colour=1)
+    here = lambda x, y: Series("here", [x], [y], kind="points", colour=7)
     places = Series("adapter", v["x"], v["position"], v["low"], v["high"], v["n"], colour=0)
     runs = Series("", list(range(len(v["runs"]))), v["runs"], kind="bar", colour=0)
     frontier = Series("adapter, all thresholds", *v["frontier"], text=every, colour=0)
@@ -141,7 +141,7 @@ def _threshold_panels(names):
               "same token above the threshold"]
     fig = make_subplots(2, 2, subplot_titles=titles, vertical_spacing=.22, horizontal_spacing=.1)
     blue, places = PALETTE[0], {k: dict(row=k // 2 + 1, col=k % 2 + 1) for k in range(4)}
-    line, cross = dict(color=blue, width=2), dict(size=13, symbol="x", color=PALETTE[1])
+    line, cross = dict(color=blue, width=2), dict(size=13, symbol="x", color=PALETTE[7])
     add = lambda k, name, **kw: fig.add_scatter(name=name, **places[k], **kw)
     add(0, "interval over clips", fill="toself", fillcolor=blue, opacity=.2, line_width=0, hoverinfo="skip")
     interval = "%{y:.3f} [%{customdata[1]:.3f}, %{customdata[2]:.3f}]<br>n = %{customdata[0]}"
@@ -151,7 +151,7 @@ def _threshold_panels(names):
         add(k, name, line=line, showlegend=False)
         add(k, "here", mode="markers", marker=cross, showlegend=False)
     for i, name in enumerate(names):
-        line = dict(color=GREYS[i % len(GREYS)], dash=DASHES[i % len(DASHES)][0], width=2)
+        line = dict(color=GREYS[0], dash=DASHES[i % len(DASHES)][0], width=2)
         for k in (0, 2, 3): add(k, name, line=line, legendgroup=name, showlegend=k == 0, visible=False)
     axes = ("position (token)", "share"), ("tokens", "share of answers"), ("accepted (share)", "tokens in a row"), (
         "threshold", "share")

@@ -79,7 +79,7 @@ LARGEST = 256 * 2**20 # bytes of a file that is read at all
 
 def read_cycles(path)->list: # of dict
     "The lines of a comparison's cycles.jsonl, checked"
-    out, lists = [], ("accepted", "drafted", "draft_ms", "verify_ms", "cycle_ms")
+    out, lists, seen = [], ("accepted", "drafted", "draft_ms", "verify_ms", "cycle_ms"), set()
     with open(path, "rb") as f:
         for i, line in enumerate(iter(lambda: f.readline(2**22), b""), 1):
             try:
@@ -94,6 +94,9 @@ def read_cycles(path)->list: # of dict
                         raise ValueError(f"{k}: expected {n} numbers, one per cycle")
                 if any(a > b for a, b in zip(d["accepted"], d["drafted"], strict=True)):
                     raise ValueError("more accepted than drafted")
+                if (who := (d["drafter"], d["gamma"], d["prompt"])) in seen:
+                    raise ValueError(f"prompt {who[2]} of {who[0]} at γ {who[1]} a second time")
+                seen.add(who)
             except (ValueError, KeyError, TypeError) as e:
                 said = f"no {e}" if isinstance(e, KeyError) else e
                 raise FeatsdError(f"{path}: line {i}: {said}; make the comparison again") from None
@@ -156,8 +159,9 @@ def _lines_of(run, file):
 
 def read_run(*paths)->RunSeen: # folders and files
     "Everything in them that a diagnosis reads"
-    run = RunSeen()
+    run, before = RunSeen(), {}
     for path in map(Path, paths):
+        before, run.where = before | run.where, {}
         if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder; give what a command wrote")
         folders = (path, path/"metrics") if path.is_dir() else ()
         found = [f for d in folders for n in NAMES if (f := d/n).is_file()] if folders else [path]
@@ -170,4 +174,7 @@ def read_run(*paths)->RunSeen: # folders and files
             inside = sorted(p.name for p in path.iterdir() if (p/"compare.json").is_file()) if folders else []
             way = f"; give one of its folders {', '.join(inside[:4])}" if inside else ""
             raise FeatsdError(f"{path}: expected {', '.join(NAMES)}, found nothing that a diagnosis reads{way}")
+        if both := sorted({"about", "cycles", "nulls"} & before.keys() & run.where.keys()):
+            raise FeatsdError(f"{path}: {run.where[both[0]]} of a second run; give one comparison and one measurement")
+    run.where = before | run.where
     return run

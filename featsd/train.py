@@ -545,4 +545,4 @@ def comparison_table(results)->Table:
                Column("val cos", ".3f"), Column("accept@.90", ".3f"), Column("token top-1", ".3f")]
     rows = [[LEVELS[r["level"]].label, r["loss"], r["params"], f"{r['best_epoch']} of {r['epochs']}", r["train_time_s"],
              r["val_cos_sim"], r["val_accept_90"], r.get("val_token_top1")] for r in results]
-    return Table("", columns, rows, ["at the epoch of the lowest validation loss; positions of held-out clips"])
+    return Table("", columns, rows, ["at the epoch of the lowest validation loss; positions of validation clips"])

@@ -230,10 +230,31 @@ def test_who_is_not_worth_its_way_is_not_asked():
     assert sum(on[-2000:]) > 1900
 
 
+class Right(TableDraft):
+    def propose(self, gamma): return Draft([int(self.table.logits(self.ids).argmax())])
+
+
+@pytest.mark.parametrize("wrong_at, told", [
+    ((), [0, 8, 16, 24, 32]), ((10,), [0, 8, 11, 19, 27])])
+def test_a_side_that_wrote_the_same_is_seldom_told(wrong_at, told):
+    "A correction goes at once, what stands of its own words every eighth token: behind a side that is ahead"
+    class But(Right):
+        def propose(self, gamma):
+            (x,) = super().propose(gamma).ids
+            return Draft([(x + 1) % 3 if len(self.ids) in wrong_at else x])
+    target, heard = TableTarget(3, 5), []
+    wire = Wire(Scribe([But(TableTarget(3, 5))], lambda key: ASKED, ()), [40] * 99)
+    send = wire.send
+    wire.send = lambda m: (heard.append((m.position, len(m.ids))) if m.kind == "stand" else None, send(m))
+    partner = Partner(wire, gamma=1)
+    partner.pace.choose = lambda have: min(have, 1)
+    got = speculative_decode_async(target, partner, ASKED, Greedy(), 40)
+    assert got.ids == plain_decode(target, ASKED, max_new_tokens=40).ids and [p for p, _ in heard] == told
+    assert all(a + n == b for (a, n), (b, _) in zip(heard, heard[1:]))
+
+
 def test_what_was_not_asked_is_asked_again_when_it_comes_back():
     "Another life, or a word after a silence; the hook that gives the other core away hears of every turn"
-    class Right(TableDraft):
-        def propose(self, gamma): return Draft([int(self.table.logits(self.ids).argmax())])
     target, side = TableTarget(2, 5), Scribe([Right(TableTarget(2, 5))], lambda key: ASKED, ())
     class Once(Duty):
         "Gives up after twenty cycles"
@@ -307,6 +328,17 @@ def test_nothing_is_left_when_the_target_is_killed(n):
         p.kill()
         p.wait()
         for pid in pids: until(lambda pid=pid: gone(pid))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_two_processes_of_a_launcher_are_target_and_drafter(n):
+    command = [str(Path(sys.executable).parent/"torchrun"), "--nproc_per_node", str(n), *server("calm", 0, 0)[1:]]
+    r = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=HANG)
+    if n == 2:
+        assert r.returncode == 0, r.stderr[-4000:]
+        got = json.loads(r.stdout.splitlines()[-1])
+        assert got["identical"] == got["answers"] == 4 and got["drafted"] > 0 and got["lost"] == 0
+    else: assert r.returncode and "3 processes: two models at once are two" in r.stderr, r.stderr[-4000:]
 
 
 @pytest.mark.parametrize("slow", [(0., 0.), (1e5, 0.)])

@@ -572,6 +572,17 @@ def test_a_dsec_sequence_becomes_a_folder(tmp_path):
 
 
 @needs_h5
+def test_a_camera_that_paused_is_read_by_time(tmp_path):
+    seq = dsec(tmp_path/"seq", n=25)
+    late = [50_000 * i + 400_000 * (i >= 10) for i in range(25)] # from .45 s to .9 s nothing new is to be seen
+    (seq/"images/timestamps.txt").write_text("".join(f"{OFFSET + 100_000 + t}\n" for t in late))
+    assert build_dataset([seq], tmp_path/"ds", mp4=False, progress=False).clips == 2
+    for i, clip in enumerate(FolderClips(tmp_path/"ds", n_frames=20)):
+        screen = [max(k for k, at in enumerate(late) if at <= t + 500_000 * i) for t in range(0, 10**6, 50_000)]
+        assert (clip.frames[:, 0, 0, 0] // 5).tolist() == screen
+
+
+@needs_h5
 def test_dsec_s_single_downloads_and_compression(tmp_path):
     blosc = pytest.importorskip("hdf5plugin")
     seq = dsec(tmp_path/"thun", compress=dict(blosc.Blosc(cname="zstd")), frames="images_rectified_left",

@@ -91,6 +91,27 @@ def test_unknown_flag_is_status_2():
     assert code == 2 and "nonsense" in err
 
 
+def test_a_checkpoint_s_path_may_hold_a_comma(tmp_path):
+    create_adapter(1, hidden_dim=128).save_checkpoint(tmp_path/"a,b@2.pt")
+    asked = ["--drafter", "aligned", "--max_new_tokens", "2"]
+    code, out, err = run("featsd_decode", "--adapter", tmp_path/"a,b@2.pt", *asked)
+    assert code == 0 and "same ids" in out, err
+
+
+def test_more_memory_than_there_is_is_one_line(capsys):
+    from featsd.base.core import command
+    @command
+    def featsd_hungry(n:int): bytearray(n)
+    with pytest.raises(SystemExit): featsd_hungry(n=2**62)
+    assert capsys.readouterr().err.startswith("featsd_hungry: more memory than there is")
+
+
+def test_numbers_are_read_once_and_by_their_kind():
+    assert commands.numbers("1,1, 2,", "gammas") == [1, 2] and commands.numbers(".5,1", "rtt", float) == [.5, 1.]
+    for text, kind in (("1_0", int), ("1.5", int), ("inf", float), ("nan", float)):
+        with pytest.raises(ValueError, match="numbers with commas between"): commands.numbers(text, "x", kind)
+
+
 def bad_cases(store, tmp):
     tmp.mkdir(exist_ok=True)
     torch.save(Evil(), tmp/"evil.pt")
@@ -121,16 +142,31 @@ def bad_cases(store, tmp):
         ("featsd_compare", ["--batch_clips", "0"], "--batch_clips 0: expected at least 1"),
         ("featsd_compare", ["--plain_runs", "0"], "--plain_runs 0"),
         ("featsd_compare", ["--gammas", ","], "--gammas: expected at least one γ"),
+        ("featsd_compare", ["--drafters", ","], "--drafters ',': expected names with commas between, found none"),
         ("featsd_compare", ["--drafters", "ngram+aligned"], "drafter 'ngram+aligned': no adapter given"),
         ("featsd_replay", ["--answers", tmp/"x", "--nodes", "4,four"],
          "--nodes: expected whole numbers with commas between, found '4,four'"),
         ("featsd_adapters", ["--hidden_dim", "-1"], "-1"),
         ("featsd_demo", ["--clips", "1"], "at least 4"),
         ("featsd_timeline", ["--pair", "bucket"], "bucket"),
+        ("featsd_size", ["--tokens", "inf"], "--tokens inf: expected a finite number"),
+        ("featsd_size", ["--draft_dim", "-1"], "--draft_dim -1: expected at least 0"),
+        ("featsd_extract", ["--max_samples", "-7"], "--max_samples -7: expected at least -1"),
+        ("featsd_extract", ["--max_samples", "999999999999"], "the built-in world has 1000000"),
+        ("featsd_bench", ["--seed", "-1"], "--seed -1"),
+        ("featsd_compare", ["--rtt", "nan"], "--rtt: expected numbers with commas between"),
+        ("featsd_compare", ["--gammas", "99999999999"], "expected an integer, 1 to 4096"),
+        ("featsd_compare", ["--clips", "1", "--drafters", "lookup", "--short_list", "999999"], "expected 1 to"),
+        ("featsd_timeline", ["--clips", "0"], "--clips 0"),
+        ("featsd_decode", ["--top_k", "5"], "temperature 0.0: expected > 0"),
+        ("featsd_decode", ["--tau", ".5"], "for --mode lossy alone"),
+        ("featsd_decode", ["--mode", "lossy", "--tau", "1.5"], "expected a cosine"),
+        ("featsd_decode", ["--min_confidence", "2"], "expected a probability"),
+        ("featsd_decode", ["--question", "99"], "question 99: the clip has 10 questions, 0 to 9"),
     ]
 
 
-@pytest.mark.parametrize("case", range(25))
+@pytest.mark.parametrize("case", range(39))
 def test_bad_input_is_one_line_and_status_2(store, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     name, args, said = bad_cases(store, tmp_path/"in")[case]

@@ -456,6 +456,7 @@ def test_an_answer_cut_short_is_caught(pair, kit, prompts):
         done = speculative_decode(*args)
         done.ids = done.ids[:9]
         return done
+    with pytest.raises(FeatsdError, match="0 prompts to certify"): certify(pair.target, NullDraft(), [])
     c = certify(pair.target, NullDraft(), prompts[:2], 4, decode=cut)
     assert c.verdict == "broken" and c.cut_short == [0, 1]
 

@@ -195,6 +195,11 @@ def test_the_command_writes_json_and_says_which_folders(tmp_path, capsys):
     assert "c·γ dominates" in capsys.readouterr().out and d["found"][0]["cause"] == "c·γ dominates"
     assert {f["reason"] for f in d["not_looked_at"]} and d["files"] == ["compare.json", "cycles.jsonl"]
     with pytest.raises(FeatsdError, match="folders threads_1"): read_run(tmp_path)
+    other = comparison(tmp_path/"threads_2")
+    with pytest.raises(FeatsdError, match="threads_2: .* of a second run; give one comparison"): read_run(run, other)
+    lines = (other/"cycles.jsonl").read_text().splitlines()
+    (other/"cycles.jsonl").write_text("\n".join([*lines, lines[3]]))
+    with pytest.raises(FeatsdError, match="prompt 3 of aligned at γ . a second time"): read_run(other)
     (tmp_path/"big.json").write_bytes(b"")
     with open(tmp_path/"big.json", "r+b") as f: f.truncate(2**29)
     with pytest.raises(FeatsdError, match="expected at most"): read_run(tmp_path/"big.json")

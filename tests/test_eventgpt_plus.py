@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import near
+from families import write_vision
 from PIL import Image
 from test_eventgpt import plain_pixels
+from test_generic import whole_chain
 from tiny_checkpoints import QUESTION, write_tensors
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import (CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, Qwen2Config,
@@ -522,6 +524,14 @@ def test_a_draft_of_another_tokenizer_whose_store_says_which_answers(tmp_path):
     want = plain_decode(pair.target, prompt, max_new_tokens=12).ids
     for name in ("standard", "raw"):
         assert speculative_decode(pair.target, make_drafter(name, Kit(pair)), prompt, 4, max_new_tokens=12).ids == want
+
+
+def test_the_whole_chain_beside_a_model_of_transformers(tmp_path):
+    "Extract, train, measure, compare, over two tokenizers that share the bytes"
+    write_plus(tmp_path/"d", mm_use_ev_patch_token=True)
+    write_vision("qwen2_5_vl", tmp_path/"t", seed=2)
+    pair = f"draft={tmp_path}/d?event_data_type=128x128,target={tmp_path}/t?sensor=frames&frames=2"
+    assert whole_chain(pair, tmp_path).made[0].shared_vocab == 256
 
 
 def test_penalised_answers_within_one_vocabulary(tmp_path, model):

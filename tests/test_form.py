@@ -83,3 +83,14 @@ def test_what_is_too_long_is_found():
     assert not list(greedy_functions(f"@call_parse\ndef f({eleven}): pass\ndef g(self, {eleven[4:]}): pass"))
     text = "A, (B, c) = 1, (2, 3)\n_d = 1\n@patch\ndef m(self:C): pass\ndef f(): x = 1\nclass C: pass\ne: int = 1"
     assert sorted(public_names(text)) == ["A", "B", "C", "c", "e", "f"]
+
+
+def test_pages_that_read_the_demos_result_show_that_run():
+    claims = json.loads((ROOT/"figures"/"demo.json").read_text(encoding="utf-8"))["claims"]
+    plain, own = (f"{r['value']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]" for r in (claims[k]["ratio"] for k in
+                  ("over_plain", "over_own")))
+    for name in ("index", "07_report", "lab/tour", "lab/study_reproduced"):
+        cells = json.loads((ROOT/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        shown = json.dumps([c.get("outputs") for c in cells], ensure_ascii=False)
+        said = [plain] if name == "lab/study_reproduced" else [plain, own, claims["pays"]]
+        assert all(x in shown for x in said), f"nbs/{name}.ipynb: shows another run; execute it again"

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_the_committed_table_names_every_family():
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl", "mistral", "gemma2", "mllama"])
 def checked(request, tmp_path_factory):
     with torch.no_grad(): return request.param, Checks(load(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "mllama"])
+def test_clips_of_one_name_are_told_apart(name, tmp_path):
+    m, a = load(name, tmp_path), a_clip(1, 48, 64)
+    b = replace(a, frames=255 - a.frames)
+    prompts = [p for c in (a, b) for p in m.encode_all(c, ["what is it?", "where?"])]
+    assert prompts[0].clip_id == prompts[2].clip_id and all(p.shared for p in prompts)
+    alone, together = torch.cat([m.prefill([p]).h for p in prompts]), m.prefill(prompts).h
+    assert (alone - together).abs().max() < .01 * (alone[0] - alone[2]).abs().max()
 
 
 def shifted_positions(monkeypatch):

@@ -317,6 +317,7 @@ def test_its_memory_follows_what_stands(field, kw, pair, prompts, plain):
         fresh = HeadSteps(f, pair.target.head)
         want = fresh.logits(fresh.read(h, torch.tensor(ids), e)[-1:])
         near(drafter.law(drafter.reader.at(ids)), want, 16 * 7 * 128)
+    assert (drafter.calls > 0) == (field == "event") # forwards of the draft model
 
 
 @pytest.mark.parametrize("name", ["own", "own+event"])

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from featsd.base.core import FeatsdError, say_once
+from featsd.data.build import build_dataset, simulate_video
+from featsd.data.clips import open_clips
 from featsd.data.frames import Clip, even_frames, frame_indices, read_folder, read_frame, read_video, seen_frames
 
 
@@ -97,22 +99,59 @@ def test_films_joined_end_to_end_are_read_to_the_end(tmp_path, caplog):
     assert both >= 2 * one - 2 and "starts again 1 times" in caplog.text
 
 
-def test_uneven_films_are_read_by_time(tmp_path, caplog):
+def uneven(path, times, rate=20): # frame k, of its own grey, from times[k] on
     av = pytest.importorskip("av")
-    with av.open(str(tmp_path/"v.mkv"), "w") as out:
-        s = out.add_stream("libx264", rate=20, options={"bf": "0"})
+    with av.open(str(path), "w") as out:
+        s = out.add_stream("libx264", rate=rate, options={"bf": "0", "crf": "5"})
         s.width, s.height, s.pix_fmt = 48, 32, "yuv420p"
-        for k, at in enumerate((0, 1, 2, 3, 4, 30)):
-            f = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 + 40 * k, np.uint8), format="rgb24")
+        for k, at in enumerate(times):
+            f = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 + 200 * k // len(times), np.uint8), format="rgb24")
             f.pts = at
             out.mux(s.encode(f))
         out.mux(s.encode(None))
-    frames, total = read_video(tmp_path/"v.mkv")
+    return path
+
+
+def shown(frames, times): # numbers of the frames
+    grey = frames.reshape(len(frames), -1).mean(1)
+    return [int(np.abs(20 + 200 * np.arange(len(times)) // len(times) - g).argmin()) for g in grey]
+
+
+def test_uneven_films_are_read_by_time(tmp_path, caplog):
+    frames, total = read_video(uneven(tmp_path/"v.mkv", times := (0, 1, 2, 3, 4, 30)))
     assert total == 31 and "chosen by time" in caplog.text # as many as a film of that rate would have
-    grey = frames.reshape(8, -1).mean(1)
-    assert np.abs(grey - [20, 180, 180, 180, 180, 180, 180, 220]).max() < 8 # what is to be seen then
-    assert even_frames("v", [0, 33, 67, 100]) == [0, 1, 2, 3]
+    assert shown(frames, times) == [0, 4, 4, 4, 4, 4, 4, 5] # what is to be seen then
     with pytest.raises(FeatsdError, match="frames; cut it"): even_frames("v", [0, 1, 2, 10**8])
+
+
+def test_clips_of_an_uneven_film_are_cut_by_time(tmp_path, caplog):
+    pytest.importorskip("av")
+    times = (*range(10), 15, *range(20, 25), 34, *range(44, 61)) # twentieths of a second
+    film = uneven(tmp_path/"v.mkv", times)
+    on = lambda tick: max(k for k, at in enumerate(times) if at <= tick) # the frame on the screen
+    assert build_dataset([film], tmp_path/"ds", noise_rate=1, progress=False).clips == 5 # half a second apart
+    for i, clip in enumerate(open_clips(tmp_path/"ds")):
+        seen = [on(10 * i + t) for t in range(20)]
+        assert shown(clip.frames, times) == [seen[k] for k in frame_indices(20)]
+        assert shown(read_video(tmp_path/f"ds/mp4/v/{i:06d}.mp4", 20)[0], times) == seen # at an even rate
+    assert caplog.text.count("chosen by time") == 1
+    first = simulate_video(film, n_frames=None)
+    assert shown(first.frames, times) == [on(t) for t in range(20)] and first.meta["total_frames"] == 20
+
+
+def test_even_times_are_left_alone_and_uneven_ones_follow_the_screen():
+    rng = np.random.default_rng(0)
+    for times in ([7], [0, 10**6], [0, 33, 67, 100], np.arange(50) * 33_367, np.arange(40) * 50_000 // 3):
+        assert even_frames("v", times) == (list(range(len(times))), list(times))
+    assert even_frames("v", [0, 50, 100, 200, 250])[0] == [*range(5)] # one that was dropped
+    for i in range(50):
+        pauses = rng.permuted([[40] * 18 + [500] * 2] * 3, axis=1)
+        times = np.cumsum([50] * 40 + [25] * 40 if i % 2 else pauses) + i # another rate, or pauses
+        start = times[15 if i % 2 else 3] + 7
+        numbers, ticks = even_frames("v", times, start, start + 1500)
+        assert numbers == [max(k for k, at in enumerate(times) if at <= t) for t in ticks]
+        (step,) = set(np.diff(ticks))
+        assert ticks[0] == start and ticks[-1] < start + 1500 <= ticks[-1] + step
 
 
 def test_a_model_takes_its_own_frames_or_says_that_they_are_missing(tmp_path):

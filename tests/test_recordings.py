@@ -1,5 +1,6 @@
 "Event files, data sets and logs as people have them: bad parts are counted, options are heard, nobody is mistaken"
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from tiny_checkpoints import write_eventgpt, write_videollava
 
 from featsd.base.core import FeatsdError, say_once
 from featsd.compare import Fitting, HeldOut, run_comparison
-from featsd.data.acceptance import acceptance_of, is_acceptance
+from featsd.data.acceptance import acceptance_of, is_acceptance, read_acceptance
 from featsd.data.answers import read_answers
 from featsd.data.build import build_dataset
 from featsd.data.clips import LISTING, open_clips, shown_to
@@ -196,6 +197,17 @@ def test_an_engines_log_says_which_draft_it_wanted(tmp_path):
     assert json.loads((tmp_path/"r/acceptance.json").read_text())["rows"]
 
 
+@pytest.mark.parametrize("who", [{"request_id": "r"}, {"id": "cmpl-r"}, {"clip_id": "c", "question": "q"}])
+def test_a_request_counts_once_and_a_contradiction_is_refused(tmp_path, who, caplog):
+    log, r = tmp_path/"engine.jsonl", acceptance_of([4, 3, 4, 0], [4] * 4, 4)
+    write = lambda *rows: log.write_text("\n".join(map(json.dumps, rows)))
+    write(who | r, {k: v + "2" for k, v in who.items()} | r, who | r, {"drafter": "another"} | who | r, r, r)
+    assert [len(x) for x in read_acceptance(log).values()] == [4, 1] # two that nobody can tell apart count as two
+    assert "1 requests come twice, each is counted once; the first: line 3" in caplog.text
+    write(who | r, who | acceptance_of([0], [4], 4))
+    with pytest.raises(FeatsdError, match="line 2: request .* other numbers than in line 1"): read_acceptance(log)
+
+
 def test_an_output_that_cannot_be_written_is_said_first(tmp_path):
     (tmp_path/"taken").write_text("a file where a folder would be made")
     at = tmp_path/"taken"/"out"
@@ -257,6 +269,18 @@ def test_evqa_becomes_a_data_set(evqa, tmp_path):
     rows = json.loads((tmp_path/LISTING).read_text())
     (tmp_path/LISTING).write_text(json.dumps([*rows, rows[0] | {"questions": ["Another?"]}]))
     with pytest.raises(FeatsdError, match="entry 6: .* other questions"): open_clips(tmp_path)
+
+
+def test_images_of_evqa_that_come_unevenly_are_cut_by_time(evqa, tmp_path):
+    file = evqa/"h5_files/set/part/seq0.h5"
+    late = [50_000 * i + 300_000 * (i >= 4) for i in range(20)]
+    shutil.copytree(evqa, tmp_path/"evqa")
+    with h5py.File(tmp_path/"evqa"/file.relative_to(evqa), "a") as f:
+        for i, t in enumerate(late): f[f"images/image{i:09d}"].attrs["timestamp"] = 10**9 + t
+    built(tmp_path/"evqa", tmp_path/"ds")
+    for i, clip in enumerate(c for c in open_clips(tmp_path/"ds") if c.sequence == "set_part_seq0"):
+        screen = [max(k for k, at in enumerate(late) if at <= t + 200_000 * i) for t in range(0, 400_000, 50_000)]
+        assert (clip.frames[:, 0, 0, 0] // 10).tolist() == screen
 
 
 def test_every_clip_is_asked_its_own_questions(evqa, models, tmp_path):

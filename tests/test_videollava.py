@@ -23,6 +23,7 @@ from featsd.extract import extract, pair_states
 from featsd.models.backbone import Pair, load_backbone, memory_report
 from featsd.models.checkpoint import read_tokenizer, tensor_shapes
 from featsd.models.eventgpt import EventGPT
+from featsd.models.lean import lean
 from featsd.data.frames import clip_pixels
 from featsd.models.videollava import VideoLLaVA, video_prompt
 
@@ -67,6 +68,15 @@ def test_pixels_are_those_of_transformers_bit_for_bit(h, w):
 def test_no_torchvision():
     code = "import sys, featsd.models.eventgpt, featsd.models.videollava; print('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_clips_of_one_name_are_told_apart(model):
+    few = [random_clip(k, frames=3) for k in (1, 2)]
+    few[1].id = few[0].id
+    prompts = [p for c in few for p in model.encode_all(c, ["what is it?", "where?"])]
+    for m in (model, lean(model)):
+        alone, together = torch.cat([m.prefill([p]).h for p in prompts]), m.prefill(prompts).h
+        assert (alone - together).abs().max() < .01 * (alone[0] - alone[2]).abs().max()
 
 
 # ---- frames ----

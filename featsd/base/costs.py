@@ -337,9 +337,7 @@ def chart_speedups(curves:dict, # name -> {γ: speedup or its Interval}
     "Speedup by draft length"
     series = []
     for name, points in curves.items():
-        ends = [[getattr(p, end) for p in points.values()] if all(hasattr(p, end) for p in points.values()) else None
-                for end in ("low", "high")]
-        y = [getattr(p, "value", p) for p in points.values()]
-        series.append(Series(name, list(points), y, *ends, null=name in nulls))
+        make = Series.of if all(hasattr(p, "few") for p in points.values()) else Series
+        series.append(make(name, list(points), list(points.values()), null=name in nulls))
     marks = [("y", 1, "no gain"), *marks]
     return Chart(title, [Panel("", series, "γ, tokens drafted per cycle", "speedup (ratio)", marks=marks)], size=(7, 4))

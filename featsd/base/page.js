@@ -1,7 +1,7 @@
 "use strict"; {
 const dark = matchMedia("(prefers-color-scheme: dark)"), all = (root, what) => [...root.querySelectorAll(what)]
 const make = (tag, has = {}, ...inside) => { const n = Object.assign(document.createElement(tag), has); n.append(...inside); return n }
-const PALE = { "#000000": "#f2f2f2", "#444444": "#bdbdbd", "#555555": "#b4b4b4", "#666666": "#a6a6a6", "#777777": "#9a9a9a" }
+const PALE = { "#000000": "#f2f2f2", "#444444": "#bdbdbd" }
 let paper = false
 
 // figures: drawn from the numbers that lie beside them, in the page's colours and for its width
@@ -17,13 +17,14 @@ const small = box => !paper && box.clientWidth < 560
 function draw(box) {
     const place = box.querySelector(".drawn"), light = paper || !dark.matches, narrow = small(box)
     const kept = box.querySelector("script").textContent
-    const f = JSON.parse(light ? kept : kept.replace(/#(000000|444444|555555|666666|777777)/g, c => PALE[c]))
-    const at = place.layout?.sliders?.[0].active, layout = narrow ? f.narrow : f.wide
+    const f = JSON.parse(light ? kept : kept.replace(/#(000000|444444)/g, c => PALE[c]))
+    const at = place.layout?.sliders?.[0].active, layout = narrow ? f.narrow : f.wide, tall = new Set
     f.data.forEach((t, i) => {
         for (const e of ["error_x", "error_y"]) if (t[e]) t[e].color = light ? "#444" : "#d0d7de"
         if (narrow && f.domains[i]) t.domain = f.domains[i]
-        if (narrow && t.orientation === "h") t.y = t.y.map(broken)
+        if (narrow && t.orientation === "h") (t.y = t.y.map(broken)).forEach(y => `${y}`.includes("<br>") && tall.add(y))
     })
+    if (tall.size) layout.height += 12 * new Set(f.data.flatMap(t => t.orientation === "h" ? t.y : [])).size // two lines each
     layout.template = look(light)
     if (paper) Object.assign(layout, { autosize: false, width: 660 })
     box.narrow = narrow
@@ -65,7 +66,7 @@ function keys(box, place) { // a legend that never scrolls; each key hides and s
     const list = box.querySelector(".keys"), shown = place.data.filter(t => t.showlegend && t.name && t.name !== "here")
     list.replaceChildren(...shown.map(t => {
         const group = t.legendgroup || t.name, bar = t.type === "bar", colour = bar ? t.marker.color : t.line?.color || t.marker?.color
-        const dash = { dash: "5 3", dot: "2 3", dashdot: "6 2 2 2", longdash: "9 3" }[t.line?.dash] || "none"
+        const dash = { dash: "5 3", dot: "2 3", dashdot: "6 2 2 2", longdash: "9 3", longdashdot: "9 3 2 3", "2px,8px": "2 6" }[t.line?.dash] || "none"
         const art = document.createElementNS("http://www.w3.org/2000/svg", "svg"), mark = document.createElementNS(art.namespaceURI, bar ? "rect" : t.mode === "markers" ? "circle" : "line")
         const set = (n, has) => Object.entries(has).forEach(([k, v]) => n.setAttribute(k, v))
         set(art, { width: 26, height: 12, "aria-hidden": true })

@@ -57,6 +57,25 @@ class Sliding:
         forms = {LIVE: self.live, STILL: still, "text/plain": lambda: repr(self)}
         return {k: v for k, v in bundle(forms, include, exclude).items() if v is not None}
 
+# %% ../../nbs/base/page.ipynb #page006b
+def _reach(t, a): # lowest and highest number of a trace along "x" or "y", bars and whiskers included
+    number = lambda v: isinstance(v, (int, float)) and isfinite(v)
+    at, bar = t.get(a) or [], t["type"] == "bar" and (t.get("orientation") == "h") == (a == "x")
+    base = (t.get("base") or [0] * len(at)) if bar else [0] * len(at)
+    wide = .5 * (t["type"] == "bar" and not bar) # of a bar, across
+    more, less = (_at(t, f"error_{a}.{k}") or [wide] * len(at) for k in ("array", "arrayminus"))
+    ends = [(b + v - (m or 0), b + v + (k or 0)) for v, b, k, m in zip(at, base, more, less) if number(v) and number(b)]
+    return [x for e in ends for x in e] + (base if bar and ends else [])
+
+def _common_ranges(forms)->dict: # of plotly; axis → range that holds every setting, where none was chosen
+    seen, layout = {}, forms[0]["layout"]
+    for t in (t for f in forms for t in f["data"] if t["type"] in ("scatter", "bar")):
+        for a in "xy": seen.setdefault(f"{a}axis{t.get(a + 'axis', a)[1:]}", []).extend(_reach(t, a))
+    free = lambda k: not layout.get(k, {}).get("range") and layout.get(k, {}).get("type") in (None, "-", "linear")
+    ends = {k: (min(v), max(v)) for k, v in seen.items() if v and free(k)}
+    pad = lambda lo, hi: .05 * (hi - lo)
+    return {k: [lo - pad(lo, hi) * (lo != 0), hi + pad(lo, hi)] for k, (lo, hi) in ends.items() if hi > lo}
+
 # %% ../../nbs/base/page.ipynb #page007
 def live_form(shown)->dict:
     "Plotly's JSON of a chart, a `Sliding`, or a plotly figure"
@@ -81,6 +100,7 @@ def live(self:Sliding)->dict:
         steps.append({"label": k, "method": "update", "args": args})
     slider = {"active": list(self.charts).index(self.start), "steps": steps, "pad": {"t": 60, "b": 10},
               "currentvalue": {"prefix": f"{self.what} "}, "tickcolor": "#8a8a8a", "bordercolor": "#8a8a8a"}
+    for k, ends in _common_ranges(list(forms.values())).items(): out["layout"].setdefault(k, {})["range"] = ends
     out["layout"] |= {"sliders": [slider], "meta": {"said": [c.title for c in self.charts.values()]}}
     out["layout"]["height"] = out["layout"].get("height", 420) + 90
     return out
@@ -104,6 +124,7 @@ class Folded:
 class Terms:
     "Words and what they mean"
     words: dict
+    listed: bool = False # also among the words of the page, which link here
 
 @dataclass
 class Preformatted:
@@ -115,6 +136,7 @@ class Section:
     title: str
     parts: list # of str, Table, Figure, Folded, Terms, Preformatted
 
+# %% ../../nbs/base/page.ipynb #page011b
 @dataclass
 class Page:
     "A question, its answer in one sentence, what decides it, and the argument"
@@ -122,6 +144,12 @@ class Page:
     answer: str
     first: list = field(default_factory=list) # parts of the first screen
     sections: list = field(default_factory=list)
+
+@patch
+def words(self:Page)->list: # of its listed Terms
+    "Words that are explained somewhere on the page"
+    parts = [*self.first, *(p for s in self.sections for p in s.parts)]
+    return list(dict.fromkeys(k for p in _all_parts(parts) if isinstance(p, Terms) and p.listed for k in p.words))
 
 def _all_parts(parts):
     for p in parts:
@@ -181,15 +209,21 @@ def _layout(form, slid=False)->dict:
 def page_form(shown)->dict:
     "What the page's script draws: data once, the layout in columns and in one column"
     wide, chart = live_form(shown), getattr(shown, "chart", shown)
-    narrow = live_form(replace(chart, columns=1)) if isinstance(chart, Chart) else json.loads(json.dumps(wide))
+    beside = isinstance(chart, Chart) and chart.columns > 1 and len(chart.panels) > 1
+    narrow = live_form(replace(chart, columns=1)) if beside else json.loads(json.dumps(wide))
     domains = {i: t["domain"] for i, t in enumerate(narrow["data"]) if "domain" in t}
     if isinstance(shown, Sliding):
-        narrow["layout"] |= {k: wide["layout"][k] for k in ("sliders", "meta")}
+        for step in wide["layout"]["sliders"][0]["steps"]: del step["args"][1]["title.text"] # it stands above
+        narrow["layout"] |= {k: v for k, v in wide["layout"].items() if k in ("sliders", "meta")}
+        for k in (k for k in narrow["layout"] if re.fullmatch(r"[xy]axis\d*", k)):
+            if found := wide["layout"].get(k, {}).get("range"): narrow["layout"][k]["range"] = found
         narrow["layout"]["height"] += 90
     return _harmless({"data": wide["data"], "wide": _layout(wide), "narrow": _layout(narrow), "domains": domains})
 
 # %% ../../nbs/base/page.ipynb #page017
 def _prose(text): return "".join(f"<p>{escape(t)}</p>" for t in str(text).split("\n") if t.strip())
+
+def _anchor(word): return "word-" + re.sub(r"[^\w′+-]+", "-", word) # of a term, and of nothing else
 
 def _figure_html(figure):
     figure, left = filled(figure)
@@ -217,7 +251,8 @@ def part_html(part)->str:
     if isinstance(part, Folded):
         return f"<details><summary>{escape(part.title)}</summary>{''.join(map(part_html, part.parts))}</details>"
     if isinstance(part, Terms):
-        return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in part.words.items())}</dl>"
+        at = lambda k: f" id='{_anchor(k)}'" * part.listed
+        return f"<dl>{''.join(f'<dt{at(k)}>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in part.words.items())}</dl>"
     return f"<pre>{escape(part.text)}</pre>" if isinstance(part, Preformatted) else _prose(part)
 
 # %% ../../nbs/base/page.ipynb #page018
@@ -230,8 +265,12 @@ def html(self:Page)->str:
     scripts = get_plotlyjs(), _own("page.js")
     known = " ".join(f"'sha256-{b64encode(sha256(s.encode()).digest()).decode()}'" for s in scripts)
     policy = f"default-src 'none'; script-src {known}; style-src 'unsafe-inline'; img-src data: blob:"
-    links = "".join(f"<li><a href='#part{i}'>{escape(s.title)}</a></li>" for i, s in enumerate(self.sections))
-    nav = f"<nav aria-label='contents'><strong>On this page</strong><ul>{links}</ul></nav>" if links else ""
+    links = {"On this page": {s.title: f"part{i}" for i, s in enumerate(self.sections)},
+             "Words of this page": {k: _anchor(k) for k in self.words()}}
+    items = lambda by: "".join(f"<li><a href='#{at}'>{escape(k)}</a></li>" for k, at in by.items())
+    lists = "".join(f"<strong>{title}</strong><ul class={title.split()[0].lower()}>{items(by)}</ul>"
+                    for title, by in links.items() if by)
+    nav = f"<nav aria-label='contents'>{lists}</nav>" if lists else ""
     body = "".join(f"<section id='part{i}'><h2>{escape(s.title)}</h2>{''.join(map(part_html, s.parts))}</section>\n"
                    for i, s in enumerate(self.sections))
     first = "".join(f"<div>{part_html(p)}</div>" for p in self.first)

@@ -31,8 +31,7 @@ class Column:
         if value is None or value != value: return "–" # NaN is not itself
         if callable(self.form): return one_line(self.form(v))
         if isinstance(v, str): return one_line(v)
-        between = f" [{v.low:{self.form}}, {v.high:{self.form}}]" if hasattr(v, "low") else ""
-        return f"{value:{self.form}}{self.unit}{between}"
+        return v.said(self.form, self.unit) if hasattr(v, "said") else f"{value:{self.form}}{self.unit}"
 
 def _wide(text): # columns of a terminal
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)

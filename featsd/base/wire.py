@@ -87,6 +87,7 @@ class Link:
         self.sock, self.vocabulary = sock, vocabulary
         self.dead, self.sent, self.came = "", 0, 0 # why; bytes; bytes
         self.unread, self.unsent, self.inbox = bytearray(), bytearray(), deque()
+        self.room = memoryview(bytearray(2**14))
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.slow()
@@ -111,8 +112,11 @@ def take(self:Link):
     "What has come goes into the mailbox, each with the time from which it may be seen"
     self.flush()
     try:
-        while not self.dead and (b := self.sock.recv(2**16)): self.unread += b
-        self.end("the other side is gone (it closed the connection)")
+        while not self.dead:
+            n = self.sock.recv_into(self.room)
+            if not n: self.end("the other side is gone (it closed the connection)")
+            self.unread += self.room[:n]
+            if n < len(self.room): break # that was all: asking once more costs as much as the reading
     except BlockingIOError: pass
     except OSError as e: self.end(f"the other side is gone ({e.strerror or e})")
     try:

@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'acceptance_of', 'total_of', 'is_acceptance', 'read_accepta
 # %% ../../nbs/data/acceptance.ipynb #acce0002
 from pathlib import Path
 
-from ..base.core import FeatsdError, parse_json
+from ..base.core import FeatsdError, log, parse_json
 from ..base.costs import costs_of, speedup_exact, verify_cost
 from ..base.tables import Column, Table
 
@@ -66,9 +66,14 @@ def _checked(d, where)->dict: # of FIELDS
     return mine
 
 # %% ../../nbs/data/acceptance.ipynb #acce0013
+def _request(d): # what tells a request apart, () where its record does not say
+    for keys in (("request_id",), ("clip_id", "question"), ("id",)):
+        if all(type(d.get(k)) is str for k in keys): return tuple(d[k] for k in keys)
+    return ()
+
 def read_acceptance(path)->dict: # (drafter, γ) → records
-    "An engine's log, or the acceptance.jsonl of a comparison"
-    out = {}
+    "An engine's log, or the acceptance.jsonl of a comparison; a request that comes twice counts once"
+    out, seen, twice = {}, {}, []
     with open(path, "rb") as f:
         for i, line in enumerate(iter(lambda: f.readline(2**20), b""), 1):
             if not line.strip(): continue
@@ -78,9 +83,15 @@ def read_acceptance(path)->dict: # (drafter, γ) → records
                 raise FeatsdError(f"{path}: line {i}: no acceptance_histogram and num_spec_tokens; mend the log")
             r = _checked(fields, f"{path}: line {i}")
             said = d | d["data"] if isinstance(d.get("data"), dict) else d
-            name = said.get("drafter", said.get("model", "drafter"))
-            out.setdefault((str(name)[:80], r["num_spec_tokens"]), []).append(r)
+            arm = str(said.get("drafter", said.get("model", "drafter")))[:80], r["num_spec_tokens"]
+            first, known = seen.setdefault((arm, who), (i, r)) if (who := _request(said)) else (i, r)
+            if known != r:
+                raise FeatsdError(f"{path}: line {i}: request {' '.join(who)[:80]!r} with other numbers than in line "
+                                  f"{first}; keep one run per log")
+            if first != i: twice.append(i)
+            else: out.setdefault(arm, []).append(r)
     if not out: raise FeatsdError(f"{path}: no record; expected one request per line")
+    if twice: log.warning(f"{path}: {len(twice)} requests come twice, each is counted once; the first: line {twice[0]}")
     return out
 
 # %% ../../nbs/data/acceptance.ipynb #acce0010

@@ -14,7 +14,7 @@ import numpy as np
 from ..base.core import FeatsdError, read_json, say_once
 from .clips import check_relative, place_inside
 from .events import h5_check, read_events
-from .frames import MAX_FRAMES
+from .frames import MAX_FRAMES, frames_between
 
 # %% ../../nbs/data/evqa.ipynb #evqa0005
 def is_evqa(folder)->bool: return (Path(folder)/"h5_files").is_dir() and (Path(folder)/"questions").is_dir()
@@ -113,8 +113,8 @@ def evqa_windows(path, length, step, shrink=lambda f: f): # yields (index, funct
         raise FeatsdError(f"{path}: events and images share {max(0, end - begin) / 1e6:.3f} s, "
                           f"expected {length / 1e6:g} s; give a shorter duration")
     def make(at):
-        chosen = range(*np.searchsorted(times, [at, at + length]))
-        if not chosen: raise FeatsdError(f"0 frames between {at} and {at + length} µs")
-        with _h5(path) as f: frames = np.stack([shrink(_image(f["images"][names[i]], path)) for i in chosen])
-        return frames, times[chosen].tolist(), events[slice(*np.searchsorted(events.t, [at, at + length]))]
+        with _h5(path) as f:
+            shot = lambda i: shrink(_image(f["images"][names[i]], path))
+            seen = frames_between(times, at, at + length, shot, path)
+        return *seen, events[slice(*np.searchsorted(events.t, [at, at + length]))]
     for i, at in enumerate(range(begin, end - length + 1, step)): yield i, lambda at=at: make(at)

@@ -114,7 +114,7 @@ def split_pairs(pairs, # with clip_id, sequence, span
                 seed=0)->tuple: # positions that train, that validate; what there is to say
     "Recordings apart where several are known, a stretch of one, else clips: questions of one clip never part"
     seqs, note, lost = {p.sequence for p in pairs}, "", set()
-    whole = lambda p: p.sequence if "" not in seqs and len(seqs) > 1 else p.clip_id
+    whole = lambda p: p.clip_id if len(seqs) == 1 else p.sequence or p.clip_id
     size = {}
     for p in pairs: size[whole(p)] = size.get(whole(p), 0) + 1
     if len(size) < 2:
@@ -144,12 +144,13 @@ def split_order(clips, # {clip: (recording or "", span or ())}, in order
                 fraction=.5)->tuple: # set of the first clips, set of the others
     "The first clips of a log and those after them: whole recordings; of one, those that do not reach over the border"
     names, n = list(clips), round(len(clips) * fraction)
-    recordings = list(dict.fromkeys(recording for recording, _ in clips.values()))
-    if n in (0, len(names)) or "" in recordings: return set(names[:n]), set(names[n:])
+    if n in (0, len(names)): return set(names[:n]), set(names[n:])
+    of = {c: recording or c for c, (recording, _) in clips.items()} # a clip of no known recording stands alone
+    recordings = list(dict.fromkeys(of.values()))
     if len(recordings) > 1:
-        ends = np.cumsum([sum(s == r for s, _ in clips.values()) for r in recordings])
+        ends = np.cumsum([sum(s == r for s in of.values()) for r in recordings])
         early = set(recordings[:1 + int(np.abs(ends[:-1] - n).argmin())])
-        first = {c for c in names if clips[c][0] in early}
+        first = {c for c in names if of[c] in early}
         return first, clips.keys() - first
     if known_times([span for _, span in clips.values()]):
         names = sorted(names, key=lambda c: clips[c][1])

@@ -265,6 +265,7 @@ class PocketClips:
     name, questions = "pocket", QUESTIONS
     def __init__(self, split="train", n=1000, seed=0):
         clip_rng(split, 0)
+        if n > 10**6: raise FeatsdError(f"{n} clips: the built-in world has 1000000; ask for fewer")
         self.split, self.n, self.seed = split, n, seed
     @property
     def clip_ids(self):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUANTS', 'LOADERS', 'Prefix', 'Answer', 'end_ids', 'own_law_only', 'numbers_in', 'probe_ids', 'fitted_head',
-           'Backbone', 'prompts_told', 'encoded', 'clips_seen', 'penalised', 'quant_kwargs', 'folder_hash',
-           'memory_report', 'memory_table', 'load_backbone', 'print_answer', 'Pair', 'shared_vocabulary', 'load_pair']
+           'Backbone', 'prompts_told', 'encoded', 'clips_seen', 'begun_alike', 'penalised', 'quant_kwargs',
+           'folder_hash', 'memory_report', 'memory_table', 'load_backbone', 'print_answer', 'Pair', 'shared_vocabulary',
+           'load_pair']
 
 # %% ../../nbs/models/backbone.ipynb #cell002
 import hashlib
@@ -269,6 +270,16 @@ def _empty(self:Backbone, B): # rows
     config = getattr(self.decoder, "config", None) or self.lm.config
     return State(fresh_cache(config, B > 1), torch.zeros(B, 0, dtype=torch.long, device=self.device), None)
 
+def begun_alike(prefixes)->tuple: # one prefix for each beginning, [B] which of them
+    "Which prompts begin with the same clip: the same in what is seen, not in name alone"
+    first, of = [], []
+    for p in prefixes:
+        same = lambda q: (q.clip_id, q.shared) == (p.clip_id, p.shared) and torch.equal( # noqa: B023
+            q.embeds[0, :q.shared], p.embeds[0, :p.shared]) # noqa: B023
+        of.append(next((k for k, q in enumerate(first) if same(q)), len(first)))
+        if of[-1] == len(first): first.append(p)
+    return first, of
+
 @patch
 @torch.no_grad()
 def prefill(self:Backbone, prefixes, # list of B `Prefix`
@@ -283,11 +294,10 @@ def prefill(self:Backbone, prefixes, # list of B `Prefix`
         state = self._empty(len(prefixes))
         self.append(state, *_pad([p.embeds[0] for p in prefixes]))
         return state
-    keys = [(p.clip_id, p.shared) for p in prefixes]
-    clips = list(dict.fromkeys(keys))
+    clips, of = begun_alike(prefixes)
     state = self._empty(len(clips))
-    self.append(state, *_pad([prefixes[keys.index(c)].embeds[0, :c[1]] for c in clips]))
-    keep_rows(state, torch.tensor([clips.index(k) for k in keys], device=self.device))
+    self.append(state, *_pad([p.embeds[0, :p.shared] for p in clips]))
+    keep_rows(state, torch.tensor(of, device=self.device))
     self.append(state, *_pad([p.embeds[0, p.shared:] for p in prefixes]))
     return state
 

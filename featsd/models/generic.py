@@ -217,15 +217,21 @@ def _rest(self:Generic, state, prefix)->State:
     state.position = prefix.position
     return state
 
+def _alike(a, b)->bool: # two prefixes
+    "Do they begin with the same clip: the same in what is seen, not in name alone?"
+    upto = lambda p, k: p.inputs[k][:, :a.shared] if k in ("input_ids", *_PER_TOKEN, _CROSS) else p.inputs[k]
+    same = lambda k: torch.equal(upto(a, k), upto(b, k))
+    return (a.clip_id, a.shared, a.inputs.keys()) == (b.clip_id, b.shared, b.inputs.keys()) and all(map(same, a.inputs))
+
 @patch
 def prefill(self:Generic, prefixes)->State:
     "Prompts, row by row, then side by side; what the questions of a clip share runs once per clip"
-    rows, began = [], {}
+    rows, first, began = [], None, None
     for p in prefixes:
         if not p.shared: rows.append(self._begin(p.inputs, p.position)); continue
-        key = p.clip_id, p.shared
-        if key not in began: began = {key: self._begin(p.inputs, p.position, p.shared)} # clips come one after the other
-        rows.append(self._rest(copy.deepcopy(began[key]), p))
+        if first is None or not _alike(first, p): # clips come one after the other
+            first, began = p, self._begin(p.inputs, p.position, p.shared)
+        rows.append(self._rest(copy.deepcopy(began), p))
     state = rows[0] if len(rows) == 1 else merge(rows)
     if self.summed: state.copies = [(state.position.shape[-1], copied(state.cache))]
     return state
@@ -304,13 +310,13 @@ def probe(self:Generic): # raises
     def refuse(what, why): raise FeatsdError(f"{self.name}: probe {what!r}: {why}; featsd cannot run this model")
     b = begin(ids[:, :8])
     if self.summed: b.copies = [(8, copied(b.cache))]
-    first = go(b, 2)
+    first = go(b, 1)
     begin(ids[:, 2:9]) # another answer in between
     with torch.no_grad(): self.lm(input_ids=ids[:, 1:6], use_cache=False)
-    between = torch.cat([first, self.append(b, ids[:, 10:11])], 1)
-    if far_apart(narrow[:, :3], between): refuse("isolated", "two answers in turns disturb each other")
+    between = torch.cat([first, self.append(b, ids[:, 9:10])], 1)
+    if far_apart(narrow[:, :2], between): refuse("isolated", "two answers in turns disturb each other")
     self.rollback(b, [8])
-    if b.position.shape[-1] != 8 or far_apart(narrow[:, :3], go(b, 3)): refuse("back", "going back does not lead back")
+    if b.position.shape[-1] != 8 or far_apart(narrow[:, :2], go(b, 2)): refuse("back", "going back does not lead back")
     self.rollback(b, [8])
     wide = self.append(b, ids[:, 8:13])
     self.narrow = far_apart(narrow, wide)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..base.core import FeatsdError
 from .align import Retold
-from .backbone import Backbone, Pair
+from .backbone import Backbone, Pair, begun_alike
 
 # %% ../../nbs/models/lean.ipynb #cell005
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel", "Gemma2Model", "Gemma3TextModel")
@@ -243,12 +243,11 @@ def prefill(self:Lean, prefixes)->LeanState:
         state = empty(len(prefixes))
         self.append(state, pad([p.embeds[0] for p in prefixes]), [p.embeds.shape[1] for p in prefixes])
         return state
-    keys = [(p.clip_id, p.shared) for p in prefixes]
-    clips = list(dict.fromkeys(keys))
-    first = [prefixes[keys.index(c)].embeds[0, :c[1]] for c in clips]
+    clips, of = begun_alike(prefixes)
+    first = [p.embeds[0, :p.shared] for p in clips]
     state = empty(len(clips))
     self.append(state, pad(first), [len(f) for f in first])
-    self.select(state, torch.tensor([clips.index(k) for k in keys], device=self.device))
+    self.select(state, torch.tensor(of, device=self.device))
     rest = [p.embeds[0, p.shared:] for p in prefixes]
     self.append(state, pad(rest), [len(r) for r in rest])
     return state
