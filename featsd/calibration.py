@@ -12,7 +12,7 @@ __all__ = ['BUCKETS', 'CONJECTURE', 'SHOWN', 'SCORES', 'GAINS', 'auroc', 'share_
 
 # %% ../nbs/03b_calibration.ipynb #cell002
 import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -522,8 +522,7 @@ def calibration_report(c:Calibration)->str:
 def _curve(name, r, null=False):
     "P(same token) by bucket, with its interval; of a baseline without"
     x, n, match = ([b[k] for b in r.buckets] for k in ("mean", "n", "match"))
-    out = Series.of(name, x, match, n=n, null=null)
-    return replace(out, lo=None, hi=None) if null else out
+    return Series(name, x, [v.value for v in match], n=n, null=True) if null else Series.of(name, x, match, n=n)
 
 def chart_reliability(series, # of buckets
                       title, x)->Chart:

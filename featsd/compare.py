@@ -30,8 +30,8 @@ from .models.backbone import load_pair
 from .models.lean import form_lines, lean
 from .models.words import frequent_ids
 from .race import (
-    COLUMN_WORDS, KINDS, Advantage, ArmRow, Procedure, advantage, arms_of, asked_of, beside_transformers, decisions,
-    facts_of_run, interleave, prompt_ms, quiet_clock, rows_of, said_beside, who_ran)
+    COLUMN_WORDS, KINDS, Advantage, ArmRow, Procedure, advantage, arms_of, asked_of, beside_transformers, decided,
+    decisions, facts_of_run, interleave, prompt_ms, quiet_clock, rows_of, said_beside, who_ran)
 from .trees import tree_of
 
 # %% ../nbs/06_compare.ipynb #cell009
@@ -189,7 +189,7 @@ def pays(self:Comparison)->str:
         return f"The {s} pays for decoding, but not for whole answers of this length, from clip to last token."
     if min(r.high for r in both) < 1:
         return f"The {s} does not pay: the target's own states do as well without."
-    how = ["faster" if r.low > 1 else "slower" if r.high < 1 else "not decided" for r in both]
+    how = list(map(decided, both))
     return (f"The data does not say whether the {s} pays: beside a head on the target's own states it is {how[0]}; as "
             f"a further input of such a head, where least else differs, {how[1]}.")
 
@@ -238,16 +238,16 @@ def _recommended(c)->list: # of a Comparison
     if (best := c.best(*OURS)) is None: return []
     if best.measured.value <= 1: return ["Recommended: plain decoding; no drafter is faster here."]
     r, other = c.over_runner_up, c.best("own", "null") if best.kind == "sensor" else None
-    sure = "not decided against" if not (r and r.excludes_one) else "barely faster than" if r.ratio.low < 1.01 else \
-           "faster than"
+    sure = f"{'barely ' * (r.ratio.low < 1.01)}faster than" if r and r.excludes_one else "not decided against"
     by = f"; {sure} {r.b}: {_x(r.ratio)}, ahead in {100 * r.sure:.0f} % of the resamplings" if r else ""
     return [f"Recommended: {best.label}{by}.{_edge(c)}" +
             (f" Where there is no {c.second}: {other.label}, {_x(other.measured)}." if other else "")]
 
-def _edge(c, said=" γ beyond {0} was not raced, so a larger one may be faster still.")->str: # of a Comparison
+def _edge(c)->str: # of a Comparison
     "Where the fastest drafter guessed as much at a time as any did"
     best, most = c.best(*OURS), max(c.about["gammas"])
-    return said.format(most) if best and best.gamma == most and len(c.about["gammas"]) > 1 else ""
+    if not best or best.gamma != most or len(c.about["gammas"]) == 1: return ""
+    return f" γ beyond {most} was not raced, so a larger one may be faster still."
 
 def _further(c)->list: # of a Comparison
     "Beside the drafters that might be chosen: raw tokens, questions that go the other way, transformers"

@@ -18,13 +18,14 @@ function draw(box) {
     const place = box.querySelector(".drawn"), light = paper || !dark.matches, narrow = small(box)
     const kept = box.querySelector("script").textContent
     const f = JSON.parse(light ? kept : kept.replace(/#(000000|444444)/g, c => PALE[c]))
-    const at = place.layout?.sliders?.[0].active, layout = narrow ? f.narrow : f.wide, tall = new Set
+    const at = place.layout?.sliders?.[0].active, layout = narrow ? f.narrow : f.wide
     f.data.forEach((t, i) => {
         for (const e of ["error_x", "error_y"]) if (t[e]) t[e].color = light ? "#444" : "#d0d7de"
         if (narrow && f.domains[i]) t.domain = f.domains[i]
-        if (narrow && t.orientation === "h") (t.y = t.y.map(broken)).forEach(y => `${y}`.includes("<br>") && tall.add(y))
+        if (narrow && t.orientation === "h") t.y = t.y.map(broken)
     })
-    if (tall.size) layout.height += 12 * new Set(f.data.flatMap(t => t.orientation === "h" ? t.y : [])).size // two lines each
+    const rows = [...new Set(f.data.flatMap(t => t.orientation === "h" ? t.y : []))]
+    if (narrow && rows.some(y => `${y}`.includes("<br>"))) layout.height += 12 * rows.length // two lines each
     layout.template = look(light)
     if (paper) Object.assign(layout, { autosize: false, width: 660 })
     box.narrow = narrow

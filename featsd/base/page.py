@@ -148,19 +148,19 @@ class Page:
 @patch
 def words(self:Page)->list: # of its listed Terms
     "Words that are explained somewhere on the page"
-    parts = [*self.first, *(p for s in self.sections for p in s.parts)]
-    return list(dict.fromkeys(k for p in _all_parts(parts) if isinstance(p, Terms) and p.listed for k in p.words))
+    return list(dict.fromkeys(k for p in _all_parts(self) if isinstance(p, Terms) and p.listed for k in p.words))
 
-def _all_parts(parts):
-    for p in parts:
-        yield p
-        if isinstance(p, Folded): yield from _all_parts(p.parts)
+def _all_parts(page):
+    def within(parts):
+        for p in parts:
+            yield p
+            if isinstance(p, Folded): yield from within(p.parts)
+    for parts in (page.first, *(s.parts for s in page.sections)): yield from within(parts)
 
 @patch
 def figures(self:Page)->dict: # name → Figure
     "Every figure that has a name"
-    parts = [*self.first, *(p for s in self.sections for p in s.parts)]
-    return {p.name: p for p in _all_parts(parts) if isinstance(p, Figure) and p.name}
+    return {p.name: p for p in _all_parts(self) if isinstance(p, Figure) and p.name}
 
 # %% ../../nbs/base/page.ipynb #page013
 def _is_blank(panel): # bars of nothing are no picture either
@@ -195,7 +195,7 @@ def _named_axes(data)->list: # e.g. ["yaxis2"]
             first = next(iter(t.get(a) or []), None)
             if isinstance(first, str): yield f"{a}axis{t.get(a + 'axis', a)[1:]}"
 
-def _layout(form, slid=False)->dict:
+def _layout(form)->dict:
     "A layout as the page has it: its title is in the caption, its legend below, every word has its place"
     layout, data = form["layout"], form["data"]
     for k in ("title", "template", "paper_bgcolor", "plot_bgcolor"): layout.pop(k, None)
@@ -208,15 +208,16 @@ def _layout(form, slid=False)->dict:
 
 def page_form(shown)->dict:
     "What the page's script draws: data once, the layout in columns and in one column"
-    wide, chart = live_form(shown), getattr(shown, "chart", shown)
+    wide, chart, moves = live_form(shown), getattr(shown, "chart", shown), isinstance(shown, Sliding)
+    if moves: # the title stands above
+        for step in wide["layout"]["sliders"][0]["steps"]: del step["args"][1]["title.text"]
     beside = isinstance(chart, Chart) and chart.columns > 1 and len(chart.panels) > 1
     narrow = live_form(replace(chart, columns=1)) if beside else json.loads(json.dumps(wide))
     domains = {i: t["domain"] for i, t in enumerate(narrow["data"]) if "domain" in t}
-    if isinstance(shown, Sliding):
-        for step in wide["layout"]["sliders"][0]["steps"]: del step["args"][1]["title.text"] # it stands above
-        narrow["layout"] |= {k: v for k, v in wide["layout"].items() if k in ("sliders", "meta")}
-        for k in (k for k in narrow["layout"] if re.fullmatch(r"[xy]axis\d*", k)):
-            if found := wide["layout"].get(k, {}).get("range"): narrow["layout"][k]["range"] = found
+    if moves and beside: # what `live` adds
+        narrow["layout"] |= {k: wide["layout"][k] for k in ("sliders", "meta")}
+        for k, axis in wide["layout"].items():
+            if k[1:5] == "axis" and "range" in axis: narrow["layout"][k]["range"] = axis["range"]
         narrow["layout"]["height"] += 90
     return _harmless({"data": wide["data"], "wide": _layout(wide), "narrow": _layout(narrow), "domains": domains})
 
