@@ -31,7 +31,8 @@ from .models.lean import form_lines, lean
 from .models.words import frequent_ids
 from .race import (
     COLUMN_WORDS, KINDS, Advantage, ArmRow, Procedure, advantage, arms_of, asked_of, beside_transformers, decided,
-    decisions, facts_of_run, interleave, prompt_ms, quiet_clock, rows_of, said_beside, who_ran)
+    decisions, facts_of_run, interleave, prompt_ms, quiet_clock, ran_once, rows_of, said_beside,
+    setting_lines, who_ran)
 from .trees import tree_of
 
 # %% ../nbs/06_compare.ipynb #cell009
@@ -94,7 +95,7 @@ def compare(pair, # Pair, lean for speed
     if not clips or not questions or not drafters or not how.gammas or how.plain_runs < 1:
         raise FeatsdError(f"compare: {len(clips)} clips, {len(questions or [])} questions, {len(drafters)} drafters, "
                           f"{len(how.gammas)} γ, {how.plain_runs} plain runs; give at least one of each")
-    arms = arms_of(drafters, how.gammas, wrong_clip)
+    arms = arms_of(drafters, how.gammas, wrong_clip, how.once)
     began, load = time.perf_counter(), os.getloadavg() if hasattr(os, "getloadavg") else ()
     with quiet_clock(how.threads), torch.inference_mode():
         threads = torch.get_num_threads()
@@ -190,8 +191,9 @@ def pays(self:Comparison)->str:
     if min(r.high for r in both) < 1:
         return f"The {s} does not pay: the target's own states do as well without."
     how = list(map(decided, both))
-    return (f"The data does not say whether the {s} pays: beside a head on the target's own states it is {how[0]}; as "
-            f"a further input of such a head, where least else differs, {how[1]}.")
+    return (f"Whether the {s} pays is open: the best drafter with it (and so with a second model) is {how[0]} beside a "
+            f"head on the target's own states; as a further input of such a head, where least else differs, it is "
+            f"{how[1]}.")
 
 # %% ../nbs/06_compare.ipynb #claim0015
 def _four_lines(c)->list: # of a Comparison
@@ -207,18 +209,6 @@ def _four_lines(c)->list: # of a Comparison
 
 # %% ../nbs/06_compare.ipynb #cell015
 def _x(i): return i.said(unit="x")
-
-def _setting(a)->list: # of `about`
-    "Where it ran, and whether the machine let it"
-    out = [f"{a['pair']}: {a['prompts']} prompts of {a['clips']} clips, {a['mean_tokens']:.0f} tokens each, "
-           f"{a['dtype']}, {a['threads']} thread{'s' * (a['threads'] != 1)}, greedy; order shuffled per prompt "
-           f"(seed {a['seed']}), 95 % intervals by clip"]
-    if a["waited"] > .1 or a["interrupted"]:
-        vain = (f", {a['still_interrupted']} of them in vain: these figures cannot be trusted, compare again"
-                if a["still_interrupted"] else "")
-        out.append(f"The machine was shared: for {100 * a['waited']:.0f} % of the time others had the core; "
-                   f"{a['interrupted']} interrupted runs were done again{vain}.")
-    return out
 
 def _caveats(c)->list: # of a Comparison
     "The model of cost, rounding, and what is not the target's own"
@@ -261,7 +251,7 @@ def _further(c)->list: # of a Comparison
 @patch
 def verdict(self:Comparison)->list: # lines
     "What was decided, each figure from this run"
-    sensor, null, own, out = self.best("sensor"), self.best("null"), self.best("own"), _setting(self.about)
+    sensor, null, own, out = self.best("sensor"), self.best("null"), self.best("own"), setting_lines(self.about)
     if sensor:
         whole = f", {_x(sensor.whole)} from clip to last token" if sensor.whole else ""
         out.append(f"Best drafter that uses the {self.second}'s states: {sensor.label}: {_x(sensor.measured)}{whole}, "
@@ -285,12 +275,14 @@ def chart(self:Comparison)->Chart:
     a, curves, best = self.about, [], self.best(*OURS)
     for name in dict.fromkeys(r.name for r in self.rows if r.kind != "limit"):
         mine = [r for r in self.rows if r.name == name]
+        if len(mine) == 1 < len(a["gammas"]): continue # that point is in the bars
         sensor, broken = mine[0].kind in ("sensor", "own"), any(r.broken for r in mine)
         x, name = [r.gamma for r in mine], name + " BROKEN" * broken
         curves.append(Series.of(name, x, [r.measured for r in mine]) if sensor else
                       Series(name, x, [r.measured.value for r in mine], null=True))
     marks = [("y", 1, "no gain")] + ([] if best is None else [("x", best.gamma, f"γ = {best.gamma}")])
-    title = f"Measured lossless speedup, {a['pair']}, {a['threads']} thread{'s' * (a['threads'] != 1)}"
+    who = f"{'pair ' * (a['pair'] != 'pair')}{a['pair']}" # folders have no name of their own
+    title = f"Measured lossless speedup, {who}, {a['threads']} thread{'s' * (a['threads'] != 1)}"
     return Chart(title, [Panel("", curves, "γ, tokens drafted per cycle", "speedup (ratio)", marks=marks)], size=(7, 4))
 
 # %% ../nbs/06_compare.ipynb #cmpage02
@@ -320,7 +312,7 @@ def best_rows(self:Comparison)->list:
     best = [max((r for r in self.rows if r.name == n), key=lambda r: r.measured.value) for n in names]
     return sorted(best, key=lambda r: (list(KIND_NAMES).index(r.kind), -r.measured.value))
 
-def _bars(c, rows, name=lambda r: r.name)->list: # Series, one per kind and colour
+def _bars(c, rows, name)->list: # Series, one per kind and colour
     sides = {} # what has the target's own states and the second sensor's stands for itself
     for r in rows: sides.setdefault((r.kind, r.kind == "sensor" and "event" in r.name), []).append(r)
     side = lambda kind, both: "both: own+event" if both else KIND_NAMES[kind][0].format(c.second)
@@ -338,9 +330,10 @@ def bars(self:Comparison)->Chart:
 # %% ../nbs/06_compare.ipynb #cmpage04
 def _cost_chart(c, gamma)->Chart: # of a Comparison
     "At one γ: the speedups, and each cycle's cost beside the tokens that it brings"
-    order = [r.name for r in c.best_rows()]
-    rows = sorted((r for r in c.rows if r.gamma == gamma and r.name in order), key=lambda r: order.index(r.name))
-    names, guess = [r.name for r in rows], [r.drafted * r.c if r.drafted else 0. for r in rows]
+    ran = {r.name: [x for x in c.rows if x.name == r.name] for r in c.best_rows()}
+    rows = [next((x for x in mine if x.gamma == gamma), mine[0]) for mine in ran.values()] # some ran at one γ alone
+    label = lambda r: r.name if len(ran[r.name]) > 1 or len(c.about["gammas"]) == 1 else r.label
+    names, guess = list(map(label, rows)), [r.drafted * r.c if r.drafted else 0. for r in rows]
     spans, base = [], [0.] * len(rows)
     for part, ms in (("guessing", guess), ("verification", [r.v for r in rows]),
                      ("the rest of a cycle", [r.o for r in rows])):
@@ -352,7 +345,7 @@ def _cost_chart(c, gamma)->Chart: # of a Comparison
     best = max(rows, key=lambda r: r.measured.value)
     title = (f"γ = {gamma}: {best.name} is fastest, {_x(best.measured)}; a cycle of it costs "
              f"{best.tau / best.measured.value:.2f} steps of the target and brings {best.tau:.2f} tokens")
-    speeds = Panel("measured speedup", _bars(c, rows), "ratio to plain decoding", "", marks=[("x", 1, "")])
+    speeds = Panel("measured speedup", _bars(c, rows, label), "ratio to plain decoding", "", marks=[("x", 1, "")])
     cost = Panel("a cycle's cost, and what it brings", spans, "steps of the target; tokens", "")
     return Chart(title, [speeds, cost], columns=2, size=(6, 1.4 + .26 * len(rows)))
 
@@ -384,15 +377,17 @@ def _caption_bars(c):
     return ("Look at which bars lie beyond the line at 1 with their whole interval: those drafters beat plain "
             f"decoding, the target alone. Here: {'; '.join(said)}. γ is the number of tokens guessed at a time; each "
             f"was chosen on these prompts, which flatters all a little.{_edge(c)} Grey bars are baselines: words "
-            f"alone, and controls.{whose}")
+            f"alone, the draft's raw words, and controls.{whose}{ran_once(c.about)}")
 
 def _why_event(c)->list: # what the second sensor does to the own-state head at one γ, accepted against paid
-    event = max(c.of("sensor", name="own+event"), key=lambda r: r.measured.value, default=None)
-    own = next((r for r in c.of("own", name="own") if event and r.gamma == event.gamma), None)
-    if own is None: return []
+    both = [(e, o) for e in c.of("sensor", name="own+event") for o in c.of("own", name="own") if e.gamma == o.gamma]
+    if not both: return []
+    event, own = max(both, key=lambda x: x[0].measured.value)
+    same = "; ".join(f"γ {e.gamma}: {_x(c.advantage([e], [o]).ratio)}" for e, o in both)
     return [f"Accepted against paid, both at γ {own.gamma}: with the {c.second} a cycle of the own-state head brings "
             f"{event.tau:.2f} tokens instead of {own.tau:.2f}, and a guess costs {event.c:.3f} steps of the target "
-            f"instead of {own.c:.3f}. In the table above each side has the γ that suits it best, so that counts."]
+            f"instead of {own.c:.3f}. In the table above each side has the γ that suits it best, so that counts. "
+            f"Speed with it over speed without, both at the same γ: {same}."]
 
 def _caption_stands(c):
     have = [r for r in filter(None, (c.best(k) for k in ("sensor", "own", "null"))) if r.curves.prefix]
@@ -426,7 +421,7 @@ def sections(self:Comparison)->dict: # "pays" | "why" | "run" → parts
                      Figure(self.chart(), by_gamma, "speedup_measured"), *asked],
             "why": [Figure(self.stands(), _caption_stands(self), "guesses_that_stand"),
                     Figure(self.by_gamma(), _caption_gamma(self), "cost_by_gamma"), COLUMN_WORDS, self.table()],
-            "run": [*_setting(self.about), *_caveats(self), *self.lines, self.identity()]}
+            "run": [*setting_lines(self.about), *_caveats(self), *self.lines, self.identity()]}
 
 @patch
 def identity(self:Comparison)->Terms:

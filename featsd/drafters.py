@@ -305,7 +305,7 @@ def check_own(own, field, model):
                           f"{model.head.hidden_size}; use the head trained beside this draft model")
 
 class OwnDraft(OwnState, AlignedDraft):
-    "A head on the target's own states (EAGLE): no second model, no second prefill"
+    "A head on the target's own states (EAGLE, a chain and no tree): no second model, no second prefill"
     name, kind, needs = "own", "own", ("own",)
     @classmethod
     def make(cls, kit):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from .base.core import check_writable
 from .base.page import Figure, Folded, Page, Preformatted, Section, Sliding, Terms
-from featsd.calibration import (
-    SCORES, Calibration, buckets_table, calibrate, calibration_figures, claims_table, gain_table, own_gain_table,
-    scores_table)
+from .calibration import (
+    SCORES, SEEN, Calibration, buckets_table, calibrate, calibration_figures, claims_table, gain_table,
+    own_gain_table, scores_table)
 from .data.answers import answers_of
 from .data.store import open_states
 from .nulls import Measurement, best_null, measure, measurement_figures, null_table, save_measurement
@@ -92,7 +92,8 @@ def cosine_parts(m:Measurement, known:Calibration=None, # of an adapter that was
         if r := next(iter(both[k].curves.values())).get(k):
             out.append(Figure(calibration_figures(both[k])[f"reliability_{k}"],
                 f"{text}. Here it sorts right from wrong tokens with an AUROC of {r.auroc.value:.2f} (.5: not at "
-                f"all), and read as a probability it is off by {r.ece.value:.2f} on average.", f"reliability_{k}"))
+                f"all), and read as a probability it is off by {r.ece.value:.2f} on average. Buckets of fewer than "
+                f"{SEEN} positions are in the tables alone.", f"reliability_{k}"))
     some = list({id(c): c for c in both.values()}.values())
     have = [(k, {s: r[k] for s, r in c.curves.items() if k in r}) for c in some for k in SCORES]
     for t in (tables := list(map(scores_table, some)))[1:]: t.notes = [] # they stand below the first
@@ -109,7 +110,8 @@ def bits_parts(known:Calibration)->list:
             "open" if gain else "", f"of the {own.own.value:.2f} bits that a head on the target's own states leaves "
             f"open they save {own.gain.said()}" if own else ""]
     caption = ("Look at which bars lie right of 0 with their whole interval: what the draft's states say that the "
-               "words before do not. Grey, the draft saw another clip: whatever is left there is language. "
+               "words before do not. Grey, the draft saw another clip: with weights fitted on the right one that "
+               "misleads, with weights of its own what is left is language. "
                f"Here {'; '.join(filter(None, here))}.")
     tables = ([gain_table(known.gains)] if known.gains else []) + ([own_gain_table(own)] if own else [])
     return [Figure(pictures["cross_modal_gain"], caption, "cross_modal_gain"), *tables, *known.notes]

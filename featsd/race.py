@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'COLUMN_WORDS', 'CLAIMS', 'run_transformers', 'words_only', 
            'arms_of', 'quiet_clock', 'Watch', 'Procedure', 'Timed', 'interleave', 'Curves', 'curves_of_runs', 'ArmRow',
            'who_ran', 'parameter_ratio', 'step_facts', 'rounded', 'verification_ms', 'speedups_by_clock', 'cost_row',
            'set_bounds', 'rows_of', 'Advantage', 'advantage', 'decided', 'decisions', 'beside_transformers',
-           'said_beside', 'second_of', 'facts_of_run']
+           'said_beside', 'second_of', 'setting_lines', 'ran_once', 'facts_of_run']
 
 # %% ../nbs/05d_race.ipynb #race002
 import gc
@@ -88,12 +88,15 @@ def prompt_ms(pair, clips, questions, n=5)->tuple: # target, draft
     return of(pair.target), of(pair.draft)
 
 # %% ../nbs/05d_race.ipynb #race009a
-def arms_of(drafters, gammas, wrong_clip=())->list: # Arm
-    "Every drafter at every γ; those of `wrong_clip` once more with another clip's events"
+def arms_of(drafters, gammas, wrong_clip=(), once=())->list: # Arm
+    "Every drafter at every γ; those of `wrong_clip` once more with another clip's events; some at the least γ alone"
     if unknown := [n for n in wrong_clip if n not in drafters]:
         raise FeatsdError(f"wrong_clip {unknown[0]!r}: expected one of {', '.join(drafters)}")
-    return ([Arm(name, d, int(g)) for name, d in drafters.items() for g in gammas]
-            + [Arm(f"{n}, wrong clip", drafters[n], int(g), True) for n in wrong_clip for g in gammas])
+    out = ([Arm(name, d, int(g)) for name, d in drafters.items() for g in gammas]
+           + [Arm(f"{n}, wrong clip", drafters[n], int(g), True) for n in wrong_clip for g in gammas])
+    if unknown := sorted(set(once) - {a.name for a in out}):
+        raise FeatsdError(f"once {unknown[0]!r}: expected one of {', '.join(dict.fromkeys(a.name for a in out))}")
+    return [a for a in out if a.gamma == min(gammas) or a.name not in once]
 
 # %% ../nbs/05d_race.ipynb #race011
 class quiet_clock:
@@ -141,6 +144,7 @@ class Procedure:
     transformers: bool = True # also time `generate` of transformers
     warmup: int = 1           # rounds of all arms on the first prompt that are thrown away
     n_boot: int = 1000        # resamplings behind each interval
+    once: tuple = ()          # names of arms that run at the least γ alone: the less is right, the less γ should be
 
 @dataclass
 class Timed:
@@ -451,6 +455,9 @@ def decisions(claims:dict, # of `Comparison.claims`
              "none, and nothing is decided. They are of other clips, not of other trainings; γ was chosen on these.",
              "Decoding leaves prefills, the reading of clip and question, aside; a whole answer goes from clip to last "
              "token, with vision and prefills of all models that run."]
+    if claims.get("wrong_event_over_own"):
+        notes.append("A control's draft saw another clip. That misleads a drafter which learned to trust it: the row "
+                     "says that the clip matters, not what it would cost to see nothing.")
     columns = ["compared", Column("decoding", ".2f", "x"), "so it is", Column("whole answer", ".2f", "x"), "who ran"]
     return Table("What decides", columns, rows, notes)
 
@@ -481,6 +488,23 @@ def second_of(pair)->str: # "second sensor", or "draft" where that sees no more 
     seen = [getattr(m, "sensor", None) for m in (pair.target, pair.draft)]
     return "draft" if seen[1] == "none" or None is not seen[0] == seen[1] else "second sensor"
 
+def setting_lines(a)->list: # of `about`
+    "Where it ran, and whether the machine let it"
+    out = [f"{a['pair']}: {a['prompts']} prompts of {a['clips']} clips, {a['mean_tokens']:.0f} tokens each, "
+           f"{a['dtype']}, {a['threads']} thread{'s' * (a['threads'] != 1)}, greedy; order shuffled per prompt "
+           f"(seed {a['seed']}), 95 % intervals by clip"]
+    if a["waited"] > .1 or a["interrupted"]:
+        vain = (f", {a['still_interrupted']} of them in vain: these figures cannot be trusted, compare again"
+                if a["still_interrupted"] else "")
+        out.append(f"The machine was shared: for {100 * a['waited']:.0f} % of the time others had the core; "
+                   f"{a['interrupted']} interrupted runs were done again{vain}.")
+    return out
+
+def ran_once(about)->str: # of a comparison
+    "What ran at one γ alone, and why"
+    if not (once := about.get("once")): return ""
+    return f" At γ {min(about['gammas'])} alone ran {'; '.join(once)}: what is seldom right loses least there."
+
 def facts_of_run(pair, timed, how)->dict:
     "Environment, settings and totals of a comparison: its `about`"
     t, d, watch = pair.target, pair.draft, timed.watch
@@ -493,5 +517,5 @@ def facts_of_run(pair, timed, how)->dict:
             "warmup": how.warmup, "versions": lib_versions(), "machine": platform.machine(), "cores": os.cpu_count(),
             "waited": watch.waited, "interrupted": watch.interrupted, "still_interrupted": watch.given_up,
             "target_token_ms": timed.token_ms, "target_prefill_ms": float(np.mean(timed.start_ms)),
-            "see_ms": list(timed.see_ms), # of the target, of the draft
+            "once": list(how.once), "see_ms": list(timed.see_ms), # of the target, of the draft
             "verify_ms": {str(k): v for k, v in verification_ms(timed.arms).items()}} | step_facts(t)

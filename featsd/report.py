@@ -21,10 +21,10 @@ from fastcore.basics import patch
 from .adapters import LEVELS, load_any_adapter
 from .base.core import FeatsdError, atomic_write, lib_versions, plain_values, processor, read_json, write_json
 from .base.costs import (
-    SDConfig, TimingConfig, chart_waterfall, clocks_of_study, study_waterfall, timing_of_study)
+    SDConfig, TimingConfig, chart_waterfall, clocks_of_study, costs_of, study_waterfall, timing_of_study)
 from .base.figures import Chart, Panel, Series, chart_of, kept_chart
 from .base.page import Figure, Folded, Page, Preformatted, Section, Terms
-from .base.processes import lanes, part_of, side_by_side
+from .base.processes import lanes, meanwhile, part_of, side_by_side
 from .base.stats import Interval
 from .base.tables import Column, Table
 from .calibration import Calibration, calibrate
@@ -33,6 +33,7 @@ from .data.answers import Answers, answers_of
 from .data.clips import open_clips
 from .data.scores import aligner, score_states
 from .data.store import States, open_states
+from .data.world import handwriting
 from .decode import encode_prompt
 from .extract import extract
 from .fit import build_drafters, word_experts
@@ -43,6 +44,7 @@ from .models.lean import lean
 from .nulls import (
     Measurement, best_null, fit_stats, measure, measurement_figures, null_columns, null_table, row_of)
 from .race import Procedure, quiet_clock
+from .replay import PUBLISHED
 from .timeline import chart_timeline, measure_stages, timeline_by_gamma, timing_report, timing_table
 from .train import comparison_table, train_adapter, train_levels
 
@@ -69,15 +71,15 @@ class DemoSize:
     test: int = 100      # held-out clips
     val: int = 12
     words: int = 550     # clips that word tables and own-state heads learn from
-    epochs: int = 12
+    epochs: int = 8      # of L1 to L4
     own_epochs: int = 6  # of the own-state head
-    event_epochs: int = 3 # of the same with events, which learns sooner
+    event_epochs: int = 2 # of the same with events, which learns sooner
     decoded: int = 12    # held-out clips that are decoded
     asked: int = 2       # questions of each
     gammas: tuple = (3, 5, 8)
     stage_runs: int = 8
 
-QUICK = DemoSize(train=12, test=6, val=4, words=14, epochs=2, own_epochs=1, event_epochs=1, decoded=2, asked=1,
+QUICK = DemoSize(train=8, test=4, val=3, words=10, epochs=2, own_epochs=1, event_epochs=1, decoded=2, asked=1,
                  gammas=(4,), stage_runs=2)
 
 class Story:
@@ -102,7 +104,8 @@ def demo_data(pair, size, out, seed=0, progress=False)->DemoData:
     "Extract; L1 to L4 learn from the first clips, words and own-state heads from all"
     group, n = uuid.uuid4().hex, max(size.words, size.train)
     def states(split, n, **also):
-        return str(extract(out/"hidden_states", pair=pair, split=split, max_samples=n, quant="fp32", seed=seed, **also))
+        return str(extract(out/"hidden_states", pair=pair, split=split, max_samples=n, quant="fp32", seed=seed,
+                           chunk_size=480, **also)) # whole batches, and few enough that no process waits long
     def training(rank):
         with part_of(rank, lanes(), group): return states("train", n, progress=progress and not rank)
     def held_out():
@@ -110,6 +113,7 @@ def demo_data(pair, size, out, seed=0, progress=False)->DemoData:
         found = [states(split, k, wrong_clip=True, progress=False) for split, k in some]
         if lanes() > 1: training(1) # who is done first lends a hand
         return found
+    handwriting() # read before the forks: once for all
     with quiet_clock(1): folder, held = side_by_side(lambda: training(0), held_out)
     more, test, val = map(open_states, (folder, *held))
     first = set(more.clips[:size.train])
@@ -177,8 +181,10 @@ def demo_race(fast, adapters, data, size, threads=1, progress=False)->Comparison
     with quiet_clock(threads):
         made = {k: (a, None) for k, a in adapters.items()}
         drafters, fitted = build_drafters(names, fast, made, tables, templates, data.val, prompts)
-    how = Procedure(size.gammas, threads=threads, plain_runs=2, transformers=False, n_boot=400)
-    compared = compare(fast, list(held), drafters, asked, how, ["gated", "own+event"], progress)
+    blind = ["gated", "own+event"]
+    how = Procedure(size.gammas, threads=threads, plain_runs=2, transformers=False, n_boot=400,
+                    once=("raw", *(f"{n}, wrong clip" for n in blind)))
+    compared = compare(fast, list(held), drafters, asked, how, blind, progress)
     compared.lines = fitted
     return compared
 
@@ -322,8 +328,9 @@ def _stages_figure(found)->Figure: # of a DemoFound
     longest = max((x for x in c.rows if x.name == r.name), key=lambda x: len(x.curves.prefix)).curves.prefix
     shown = timeline_by_gamma(t, {g: sum(longest[:g]) for g in range(1, len(longest) + 1)},
                               round(c.about["mean_tokens"]), r.gamma)
-    caption = ("These are the parts of a cycle, timed one by one, not the race: its drafters run adapter and head "
-               "folded into one, and its table has the c that counts. Watch two things as γ grows: more guesses make "
+    caption = ("Not the race: the parts of a cycle, timed one by one, adapter and head as two steps. The raced "
+               f"drafters run them folded into one; the clock's word on whole answers is {r.whole.value:.2f}x, and the "
+               "race's table has the c that counts. Watch two things as γ grows: more guesses make "
                "the drafting bars longer, and fewer cycles are needed. The prefills are paid once, so a longer answer "
                f"drowns them. Here the guesses of {r.name} stand; a step of the target takes "
                f"{t.target_token_ms:.3g} ms, a guess of the draft {t.draft_token_ms:.3g} ms, adapter and head aside.")
@@ -332,6 +339,14 @@ def _stages_figure(found)->Figure: # of a DemoFound
 # %% ../nbs/07_report.ipynb #repunlk1
 MADE_FOR_IT = ("This pair was made for the demo: its draft was trained to follow a text in the target's wording. It "
                "shows how the method behaves where the draft's states carry the words, and nothing about a real pair.")
+
+def _cheap_here(c)->list: # of a Comparison
+    "What it costs to ask the draft here, and what it cost the founding study"
+    asks, (paid, _) = c.of("sensor", name="aligned"), costs_of(PUBLISHED)
+    return [f"The draft is small: a guess of {r.name}, which asks it every time, costs {r.c:.2f} steps of the target. "
+            f"On the founding study's pair a guess cost {paid:.2f} (draft step and adapter, as published): with such a "
+            f"draft no drafter that asks it every time can pass {1 / paid:.2f}x (1/c, an estimate)."
+            for r in sorted(asks, key=lambda r: -r.measured.value)[:1]]
 
 def _trained_unlike(found)->str: # of a DemoFound
     "Who learned from how much, and who had not learned out"
@@ -342,6 +357,7 @@ def _trained_unlike(found)->str: # of a DemoFound
     best_last = names(name_of_run(r) for r in found.runs if r["best_epoch"] == r["epochs"])
     return f"Not trained alike: {had}. {f'Still improving at its last epoch: {best_last}.' * bool(best_last)}".strip()
 
+# %% ../nbs/07_report.ipynb #reppage1
 @patch
 def page(self:DemoFound, report="")->Page: # the founding study's report of the best adapter, as text
     "The argument in order: does it pay, why, what cosine says, every number, what ran"
@@ -355,7 +371,7 @@ def page(self:DemoFound, report="")->Page: # the founding study's report of the 
     where = Terms({"training clips": f"{n['train']} for L1 to L4, {n['words']} for words and own-state heads",
                    "held-out clips": str(n["test"]), "seed": str(self.about["seed"])})
     first = c.first_screen()
-    first[-1].notes += [MADE_FOR_IT, _trained_unlike(self)]
+    first[-1].notes += [MADE_FOR_IT, *_cheap_here(c), _trained_unlike(self)]
     study = Folded(f"{best.name} as the founding study reported: accepted by cosine", [Preformatted(report)])
     return Page("Does a second sensor make decoding faster? featsd's demo on its built-in pair", c.answer(),
                 first, [
@@ -470,25 +486,30 @@ def demo_found(pair, size, out, seed=0, threads=1, say=None, progress=False)->De
     say(f"Extract: both models answer 10 questions on {size.train} training and {size.test} held-out clips; states are "
         "captured")
     data = demo_data(pair, size, out, seed, progress)
-    say("Train: adapters L1 to L4, then the best level through the target's head; beside them a head on the target's "
-        "own states, with and without events, on as many clips as the word tables")
-    runs, *heads = side_by_side(lambda: demo_runs(data.train, size, out, seed, False),
-                                lambda: demo_head("own", data, size, out, seed, progress),
-                                lambda: demo_head("own+event", data, size, out, seed, False))
-    adapters, name = {name_of_run(r): load_any_adapter(r["best_model"])[0] for r in runs}, name_of_run(cheapest(runs))
-    say("Measure: every adapter on both streams, beside every baseline")
-    best = measure(adapters[name], data.test, data.train, head=data.test.head(), name=name, words=data.words)
-    rows, measured, cosine = demo_rows(adapters, best, data)
+    say("Train: adapters L1 to L4, then the best level through the target's head, and measure them on both streams, "
+        "beside every baseline; meanwhile a head on the target's own states, with and without events, on as many clips "
+        "as the word tables")
+    jobs = (lambda: demo_head("own", data, size, out, seed, progress),
+            lambda: demo_runs(data.train, size, out, seed, False),
+            lambda: demo_head("own+event", data, size, out, seed, progress)) # it comes to it when L1 to L4 are done
+    with meanwhile(*jobs) as trained: # the head takes longest; what is measured of L1 to L4 does not wait for it
+        (runs,) = trained(1)
+        adapters = {name_of_run(r): load_any_adapter(r["best_model"])[0] for r in runs}
+        name = name_of_run(cheapest(runs))
+        best = measure(adapters[name], data.test, data.train, head=data.test.head(), name=name, words=data.words)
+        rows, measured, cosine = demo_rows(adapters, best, data)
+        worth = None if cosine is best else calibrate(cosine, n_boot=200, which=["cos", "centred"])
+        heads = trained(0, 2)
     own = {k: load_any_adapter(r["best_model"])[0] for k, r in zip(("own", "own+event"), heads, strict=True)}
-    known = demo_calibration(best, adapters[name], data, own["own"], None if cosine is best else ["confidence"])
-    worth = known if cosine is best else calibrate(cosine, n_boot=200, which=["cos", "centred"])
+    say("Measure: what the draft's states know that words, or the target's own states, do not")
+    known = demo_calibration(best, adapters[name], data, own["own"], None if worth is None else ["confidence"])
     say("Decode: held-out clips, losslessly, drafters interleaved with plain decoding")
     fast = lean(pair)
     compared = demo_race(fast, {name: adapters[name]} | own, data, size, threads, progress)
     say("Time: stages of both models on this machine")
     timing = demo_stages(fast, adapters[name], size)
     clips = {"train": size.train, "test": size.test, "words": max(size.words, size.train)}
-    return DemoFound(best, rows, measured, cosine, known, worth, compared, timing, [*runs, *heads],
+    return DemoFound(best, rows, measured, cosine, known, worth or known, compared, timing, [*runs, *heads],
                      {"clips": clips, "seed": seed})
 
 # %% ../nbs/07_report.ipynb #cell033

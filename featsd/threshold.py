@@ -121,8 +121,8 @@ def chart_threshold(v, # of `threshold_view`
     here = lambda x, y: Series("here", [x], [y], kind="points", colour=7)
     places = Series("adapter", v["x"], v["position"], v["low"], v["high"], v["n"], colour=0)
     runs = Series("", list(range(len(v["runs"]))), v["runs"], kind="bar", colour=0)
-    frontier = Series("adapter, all thresholds", *v["frontier"], text=every, colour=0)
-    match = Series("same token", THRESHOLD_STEPS, v["match"], colour=0)
+    frontier = Series("adapter", *v["frontier"], text=every, colour=0)
+    match = Series("adapter", THRESHOLD_STEPS, v["match"], colour=0)
     return Chart(f"Threshold {v['least_cos']:.2f}", [
         Panel("accepted, by position", [places, *nulls("x", "position")], "position (token)", "share", ylim=(0, 1.05)),
         Panel("tokens before the first rejection", [runs], "tokens", "share of answers"),
@@ -147,8 +147,8 @@ def _threshold_panels(names):
     interval = "%{y:.3f} [%{customdata[1]:.3f}, %{customdata[2]:.3f}]<br>n = %{customdata[0]}"
     add(0, "adapter", line=line, hovertemplate=interval + "<extra>position %{x}</extra>")
     fig.add_bar(name="share of answers", marker_color=blue, showlegend=False, **places[1])
-    for k, name in ((2, "adapter, all thresholds"), (3, "same token")):
-        add(k, name, line=line, showlegend=False)
+    for k in (2, 3):
+        add(k, "adapter", line=line, showlegend=False)
         add(k, "here", mode="markers", marker=cross, showlegend=False)
     for i, name in enumerate(names):
         line = dict(color=GREYS[0], dash=DASHES[i % len(DASHES)][0], width=2)

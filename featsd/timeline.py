@@ -83,8 +83,8 @@ def measure_stages(pair, # Pair
     timed.times.clear()
     for clip, q in asked: once(clip, q)
     each = f"{len(questions)} questions" if len(asked) == len(clips) * len(questions) else "their own questions"
-    how = f"{len(clips)} clips × {each} × {runs}"
-    return timing_of_samples(timed.times, list(widths), f"measured: {getattr(pair, 'name', 'pair')}, {how}")
+    how = f"{len(clips)} clips × {each} × {runs} runs"
+    return timing_of_samples(timed.times, list(widths), f"Stages, measured: {getattr(pair, 'name', 'pair')}, {how}")
 
 def timing_of_samples(times:dict, # stage -> list of ms
                       widths, source)->TimingConfig:

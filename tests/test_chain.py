@@ -145,7 +145,7 @@ def test_the_whole_chain(study):
                 "--metrics", study/"measured/acceptance_metrics.json",
                 "--checkpoint", best(study/"runs", 2), "--output_dir", study/"timeline")
     assert "plan (measured times)" in out
-    assert json.loads((study/"timeline/timing.json").read_text())["source"].startswith("measured: pair, 1 clips")
+    assert json.loads((study/"timeline/timing.json").read_text())["source"].startswith("Stages, measured: pair, 1 clips")
 
     arms = "raw,aligned,ngram,null,oracle"
     out = typed("featsd_compare", *asked(study), "--quant", "4bit", "--duration", LENGTH,

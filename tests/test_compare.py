@@ -209,8 +209,9 @@ def test_words_that_win_are_said_to_win(monkeypatch):
 
 @pytest.mark.parametrize("event, own, says", [
     (.95, .5, "The second sensor pays."), (.5, .95, "The second sensor does not pay: the target's own states"),
-    (.8, .8, "The data does not say whether the second sensor pays: beside a head on the target's own states it is not "
-             "decided; as a further input of such a head, where least else differs, not decided.")])
+    (.8, .8, "Whether the second sensor pays is open: the best drafter with it (and so with a second model) is not "
+             "decided beside a head on the target's own states; as a further input of such a head, where least else "
+             "differs, it is not decided.")])
 def test_the_second_sensor_must_beat_the_targets_own_states(monkeypatch, event, own, says):
     synthetic(monkeypatch)
     made = {"words": lambda t: Guess(t, .2), "own": lambda t: Guess(t, own), "own+event": lambda t: Guess(t, event)}

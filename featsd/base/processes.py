@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'WATCHED', 'Launch', 'this_launch', 'asked_processes', 'start_all', 'free_port', 'die_with_parent',
-           'supervise', 'lanes', 'part_of', 'side_by_side', 'Claims', 'heartbeat_file', 'read_heartbeat', 'Heartbeat',
-           'Watcher', 'watch', 'Stopped', 'stop_on_signals']
+           'supervise', 'lanes', 'part_of', 'meanwhile', 'side_by_side', 'Claims', 'heartbeat_file', 'read_heartbeat',
+           'Heartbeat', 'Watcher', 'watch', 'Stopped', 'stop_on_signals']
 
 # %% ../../nbs/base/processes.ipynb #cell002
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -142,7 +143,7 @@ def supervise(argv, n:int, # processes
 
 # %% ../../nbs/base/processes.ipynb #lanes02
 def lanes()->int: # things that can run at once: 1 or 2
-    "How many `side_by_side` runs at once"
+    "How many things `side_by_side` and `meanwhile` run at once"
     return min(2, len(os.sched_getaffinity(0))) if sys.platform == "linux" and this_launch().world == 1 else 1
 
 @contextlib.contextmanager
@@ -158,37 +159,52 @@ def part_of(rank, world, group):
             else: os.environ[k] = v
 
 # %% ../../nbs/base/processes.ipynb #lanes03
-def _in_fork(job, out):
+def _in_fork(job, out, yields=0): # to the jobs before it, where there are more than cores
     "In the child: do it, leave the result or what went wrong; never returns"
     code = 1
     try:
         die_with_parent(signal.SIGKILL)
+        os.nice(yields)
         Path(out).write_text(json.dumps(job()), encoding="utf-8")
         code = 0
     except FeatsdError as e: Path(out).write_text(str(e), encoding="utf-8"); code = 2
     except BaseException: traceback.print_exc()
     finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 
-def side_by_side(*jobs)->list: # functions without arguments → what they return, which JSON can hold
-    "In a fork each, where there are cores for it; when one ends badly the others are stopped"
-    if lanes() < 2: return [job() for job in jobs]
+def _awaited(crew, said, which)->list: # {pid: number of its job}, emptied; [jobs] Path of each's result; numbers
+    "What some of the processes returned; the first of all that ends badly is raised"
+    bad = None
+    while set(which) & set(crew.values()) and bad is None:
+        time.sleep(.02)
+        for pid, status in [os.waitpid(pid, os.WNOHANG) for pid in crew]:
+            if pid and (k := crew.pop(pid)) is not None and status: bad = k, os.waitstatus_to_exitcode(status)
+    if bad is None: return [json.loads(said[k].read_text(encoding="utf-8")) for k in which]
+    if bad[1] == 2 and said[bad[0]].exists(): raise FeatsdError(said[bad[0]].read_text(encoding="utf-8"))
+    raise FeatsdError(f"one of {len(said)} processes ended with status {bad[1]}, its messages are above; what is "
+                      "done is safe, run the same command again")
+
+# %% ../../nbs/base/processes.ipynb #lanes03b
+@contextlib.contextmanager
+def meanwhile(*jobs): # functions without arguments → what they return, which JSON can hold; the most urgent first
+    "In a fork each while the block runs, where there are cores; none outlives the block"
+    each = range(len(jobs)) # what it gives waits for the jobs of some numbers, or for all, and returns their results
+    if lanes() < 2:
+        once = functools.cache(lambda k: jobs[k]())
+        yield lambda *which: [once(k) for k in which or each]
+        return
     with tempfile.TemporaryDirectory() as d:
-        crew, bad = {}, None
-        for k, job in enumerate(jobs):
-            if (pid := os.fork()) == 0: _in_fork(job, f"{d}/{k}")
-            crew[pid] = k
+        crew, said = {}, [Path(d, str(k)) for k in each]
         try:
-            while crew and bad is None:
-                time.sleep(.02)
-                for pid, status in [os.waitpid(pid, os.WNOHANG) for pid in crew]:
-                    if pid and (k := crew.pop(pid)) is not None and status: bad = k, os.waitstatus_to_exitcode(status)
+            for k, job in enumerate(jobs):
+                if (pid := os.fork()) == 0: _in_fork(job, said[k], 5 * k * (len(jobs) > lanes()))
+                crew[pid] = k
+            yield lambda *which: _awaited(crew, said, which or each)
         finally:
             for pid in crew: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
-        said = [Path(d, str(k)) for k in range(len(jobs))]
-        if bad is None: return [json.loads(f.read_text(encoding="utf-8")) for f in said]
-        if bad[1] == 2 and said[bad[0]].exists(): raise FeatsdError(said[bad[0]].read_text(encoding="utf-8"))
-        raise FeatsdError(f"one of {len(jobs)} processes ended with status {bad[1]}, its messages are above; what is "
-                          "done is safe, run the same command again")
+
+def side_by_side(*jobs)->list: # as of `meanwhile`
+    "All at once, where there are cores for it; when one ends badly the others are stopped"
+    with meanwhile(*jobs) as results: return results()
 
 # %% ../../nbs/base/processes.ipynb #cell019
 class Claims:
