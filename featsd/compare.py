@@ -275,7 +275,7 @@ def chart(self:Comparison)->Chart:
     a, curves, best = self.about, [], self.best(*OURS)
     for name in dict.fromkeys(r.name for r in self.rows if r.kind != "limit"):
         mine = [r for r in self.rows if r.name == name]
-        if len(mine) == 1 < len(a["gammas"]): continue # that point is in the bars
+        if name in a["once"]: continue # that point is in the bars
         sensor, broken = mine[0].kind in ("sensor", "own"), any(r.broken for r in mine)
         x, name = [r.gamma for r in mine], name + " BROKEN" * broken
         curves.append(Series.of(name, x, [r.measured for r in mine]) if sensor else
@@ -332,7 +332,7 @@ def _cost_chart(c, gamma)->Chart: # of a Comparison
     "At one γ: the speedups, and each cycle's cost beside the tokens that it brings"
     ran = {r.name: [x for x in c.rows if x.name == r.name] for r in c.best_rows()}
     rows = [next((x for x in mine if x.gamma == gamma), mine[0]) for mine in ran.values()] # some ran at one γ alone
-    label = lambda r: r.name if len(ran[r.name]) > 1 or len(c.about["gammas"]) == 1 else r.label
+    label = lambda r: r.label if r.name in c.about["once"] else r.name
     names, guess = list(map(label, rows)), [r.drafted * r.c if r.drafted else 0. for r in rows]
     spans, base = [], [0.] * len(rows)
     for part, ms in (("guessing", guess), ("verification", [r.v for r in rows]),

@@ -455,7 +455,7 @@ def decisions(claims:dict, # of `Comparison.claims`
              "none, and nothing is decided. They are of other clips, not of other trainings; γ was chosen on these.",
              "Decoding leaves prefills, the reading of clip and question, aside; a whole answer goes from clip to last "
              "token, with vision and prefills of all models that run."]
-    if claims.get("wrong_event_over_own"):
+    if claims["wrong_event_over_own"]:
         notes.append("A control's draft saw another clip. That misleads a drafter which learned to trust it: the row "
                      "says that the clip matters, not what it would cost to see nothing.")
     columns = ["compared", Column("decoding", ".2f", "x"), "so it is", Column("whole answer", ".2f", "x"), "who ran"]
@@ -502,8 +502,8 @@ def setting_lines(a)->list: # of `about`
 
 def ran_once(about)->str: # of a comparison
     "What ran at one γ alone, and why"
-    if not (once := about.get("once")): return ""
-    return f" At γ {min(about['gammas'])} alone ran {'; '.join(once)}: what is seldom right loses least there."
+    if not about["once"]: return ""
+    return f" At γ {min(about['gammas'])} alone ran {'; '.join(about['once'])}: what is seldom right loses least there."
 
 def facts_of_run(pair, timed, how)->dict:
     "Environment, settings and totals of a comparison: its `about`"
@@ -517,5 +517,6 @@ def facts_of_run(pair, timed, how)->dict:
             "warmup": how.warmup, "versions": lib_versions(), "machine": platform.machine(), "cores": os.cpu_count(),
             "waited": watch.waited, "interrupted": watch.interrupted, "still_interrupted": watch.given_up,
             "target_token_ms": timed.token_ms, "target_prefill_ms": float(np.mean(timed.start_ms)),
-            "once": list(how.once), "see_ms": list(timed.see_ms), # of the target, of the draft
+            "once": list(how.once) if len(how.gammas) > 1 else [],
+            "see_ms": list(timed.see_ms), # of the target, of the draft
             "verify_ms": {str(k): v for k, v in verification_ms(timed.arms).items()}} | step_facts(t)

@@ -342,11 +342,11 @@ MADE_FOR_IT = ("This pair was made for the demo: its draft was trained to follow
 
 def _cheap_here(c)->list: # of a Comparison
     "What it costs to ask the draft here, and what it cost the founding study"
-    asks, (paid, _) = c.of("sensor", name="aligned"), costs_of(PUBLISHED)
+    r, (paid, _) = max(c.of("sensor", name="aligned"), key=lambda r: r.measured, default=None), costs_of(PUBLISHED)
+    if r is None: return []
     return [f"The draft is small: a guess of {r.name}, which asks it every time, costs {r.c:.2f} steps of the target. "
             f"On the founding study's pair a guess cost {paid:.2f} (draft step and adapter, as published): with such a "
-            f"draft no drafter that asks it every time can pass {1 / paid:.2f}x (1/c, an estimate)."
-            for r in sorted(asks, key=lambda r: -r.measured.value)[:1]]
+            f"draft no drafter that asks it every time can pass {1 / paid:.2f}x (1/c, an estimate)."]
 
 def _trained_unlike(found)->str: # of a DemoFound
     "Who learned from how much, and who had not learned out"

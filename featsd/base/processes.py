@@ -159,7 +159,7 @@ def part_of(rank, world, group):
             else: os.environ[k] = v
 
 # %% ../../nbs/base/processes.ipynb #lanes03
-def _in_fork(job, out, yields=0): # to the jobs before it, where there are more than cores
+def _in_fork(job, out, yields): # to the jobs before it, where there are more than cores
     "In the child: do it, leave the result or what went wrong; never returns"
     code = 1
     try:
