@@ -116,8 +116,7 @@ def trained(flags): # of `featsd_train`
         raise FeatsdError(f"--train_data: {NO_STORE}; give the folder that featsd_extract wrote")
     results = train_levels(flags["train_data"], flags["val_data"], flags["adapter_level"], **settings)
     if not this_launch().first: return
-    print(comparison_table(results))
-    for r in results: print(r["folder"])
+    print(comparison_table(results), *(r["folder"] for r in results), sep="\n")
 
 # %% ../nbs/09_commands.ipynb #cell012
 @call_parse
@@ -130,6 +129,7 @@ def featsd_train(
     num_epochs:int=50, # at most; also the length of the cosine schedule
     batch_size:int=None, # pairs a step; default by level: 64, 64, 32, 16 from width 1024 on
     learning_rate:float=None, # of the first epoch; default by level: 1e-3, 1e-3, 5e-4, 1e-4 from width 1024 on
+    optimizer:str=None, # AdamW, or Muon for the matrices; default AdamW, for own below width 1024 Muon
     early_stopping:int=10, # epochs without a better validation loss before it stops; 0: never
     bottleneck_dim:int=None, # L1, L2: 256, L3: 1024
     num_blocks:int=None, # L2: 3, L3: 2

@@ -285,9 +285,10 @@ def recognise(cls:OwnStateHead, shapes):
                         bottleneck_dim=_size(shapes, "event.layers.0.down_proj.weight"))
 
 @patch(cls_method=True)
-def defaults(cls:OwnStateHead, width): # measured on the built-in pair, see below
-    small = dict(batch_size=8, learning_rate=3e-3, num_heads=math.gcd(4, width))
-    return dict(cls.study) | ({} if width >= 1024 else small)
+def defaults(cls:OwnStateHead, width): # measured on the built-in pair, see 02b_sweep
+    if width >= 1024: return dict(cls.study)
+    small = dict(batch_size=16, learning_rate=4e-3, optimizer="Muon", num_heads=math.gcd(4, width))
+    return cls.study | small | ({} if "draft" in cls.reads else dict(steps=2)) # events make up for a second one
 
 # %% ../nbs/00a_own.ipynb #own00020
 class OwnEventHead(OwnStateHead):

@@ -70,9 +70,9 @@ class DemoSize:
     train: int = 150     # clips
     test: int = 100      # held-out clips
     val: int = 12
-    words: int = 550     # clips that word tables and own-state heads learn from
+    words: int = 400     # clips that word tables and own-state heads learn from
     epochs: int = 8      # of L1 to L4
-    own_epochs: int = 6  # of the own-state head
+    own_epochs: int = 5  # of the own-state head
     event_epochs: int = 2 # of the same with events, which learns sooner
     decoded: int = 12    # held-out clips that are decoded
     asked: int = 2       # questions of each
@@ -114,7 +114,9 @@ def demo_data(pair, size, out, seed=0, progress=False)->DemoData:
         if lanes() > 1: training(1) # who is done first lends a hand
         return found
     handwriting() # read before the forks: once for all
-    with quiet_clock(1): folder, held = side_by_side(lambda: training(0), held_out)
+    with quiet_clock(1), meanwhile(lambda: training(0), held_out) as extracted:
+        import torch._dynamo # noqa: F401, an optimizer reads it, for seconds: once for all forks of the training
+        folder, held = extracted()
     more, test, val = map(open_states, (folder, *held))
     first = set(more.clips[:size.train])
     train = more.subset([i for i, p in enumerate(more.pairs) if p.clip_id in first])
@@ -351,9 +353,11 @@ def _cheap_here(c)->list: # of a Comparison
 def _trained_unlike(found)->str: # of a DemoFound
     "Who learned from how much, and who had not learned out"
     n, by, names = found.about["clips"], {}, lambda rs: ", ".join(dict.fromkeys(rs))
-    for r in found.runs: by.setdefault((n["words" if "own" in str(r["level"]) else "train"], r["epochs"]), []).append(r)
-    had = "; ".join(f"{names(LEVELS[r['level']].label for r in rs)} on {clips} clips for {most} epochs"
-                    for (clips, most), rs in by.items())
+    for r in found.runs:
+        how = read_json(Path(r["folder"])/"config.json")["training"]["optimizer"]
+        by.setdefault((n["words" if "own" in str(r["level"]) else "train"], r["epochs"], how), []).append(r)
+    had = "; ".join(f"{names(LEVELS[r['level']].label for r in rs)} on {clips} clips for {most} epochs of {how}"
+                    for (clips, most, how), rs in by.items())
     best_last = names(name_of_run(r) for r in found.runs if r["best_epoch"] == r["epochs"])
     return f"Not trained alike: {had}. {f'Still improving at its last epoch: {best_last}.' * bool(best_last)}".strip()
 
@@ -485,7 +489,8 @@ def demo_found(pair, size, out, seed=0, threads=1, say=None, progress=False)->De
     say = say or Story(quiet=True)
     say(f"Extract: both models answer 10 questions on {size.train} training and {size.test} held-out clips; states are "
         "captured")
-    data = demo_data(pair, size, out, seed, progress)
+    fast = lean(pair)
+    data = demo_data(fast, size, out, seed, progress)
     say("Train: adapters L1 to L4, then the best level through the target's head, and measure them on both streams, "
         "beside every baseline; meanwhile a head on the target's own states, with and without events, on as many clips "
         "as the word tables")
@@ -499,17 +504,19 @@ def demo_found(pair, size, out, seed=0, threads=1, say=None, progress=False)->De
         best = measure(adapters[name], data.test, data.train, head=data.test.head(), name=name, words=data.words)
         rows, measured, cosine = demo_rows(adapters, best, data)
         worth = None if cosine is best else calibrate(cosine, n_boot=200, which=["cos", "centred"])
-        heads = trained(0, 2)
-    own = {k: load_any_adapter(r["best_model"])[0] for k, r in zip(("own", "own+event"), heads, strict=True)}
-    say("Measure: what the draft's states know that words, or the target's own states, do not")
-    known = demo_calibration(best, adapters[name], data, own["own"], None if worth is None else ["confidence"])
+        (first,) = trained(0)
+        say("Measure: what the draft's states know that words, or the target's own states, do not; the head with "
+            "events learns to its end")
+        own = {"own": load_any_adapter(first["best_model"])[0]}
+        known = demo_calibration(best, adapters[name], data, own["own"], None if worth is None else ["confidence"])
+        (second,) = trained(2)
+        own["own+event"] = load_any_adapter(second["best_model"])[0]
     say("Decode: held-out clips, losslessly, drafters interleaved with plain decoding")
-    fast = lean(pair)
     compared = demo_race(fast, {name: adapters[name]} | own, data, size, threads, progress)
     say("Time: stages of both models on this machine")
     timing = demo_stages(fast, adapters[name], size)
     clips = {"train": size.train, "test": size.test, "words": max(size.words, size.train)}
-    return DemoFound(best, rows, measured, cosine, known, worth or known, compared, timing, [*runs, *heads],
+    return DemoFound(best, rows, measured, cosine, known, worth or known, compared, timing, [*runs, first, second],
                      {"clips": clips, "seed": seed})
 
 # %% ../nbs/07_report.ipynb #cell033

@@ -38,14 +38,14 @@ from .train import train_adapter
 # %% ../nbs/08b_token_goals.ipynb #cell005
 def bare_forward(m, keys_and_values): # function: [K, D] after n tokens → [K, D]
     "A forward of a `Lean` backbone's weights by hand"
-    heads, hd, eps, D, cols, turned = m.heads, m.hd, m.eps, (m.norm.shape[0],), m.q_cols, m.turned
+    heads, hd, norm, cols, turned = m.heads, m.hd, m.normed, m.q_cols, m.turned
     w = [(p.norm1, p.qkv, p.out, p.norm2, p.gate_up, p.down, *kv)
          for p, kv in zip(m.layers, keys_and_values, strict=True)]
     def forward(x, n):
         K, T = len(x), n + len(x)
         turn, mask = m.turn[n:T], None if K == 1 else m.causal[n:T, :T]
         for norm1, wqkv, out, norm2, gate_up, down, keys, values in w:
-            qkv = F.linear(F.rms_norm(x, D, norm1, eps), wqkv)
+            qkv = F.linear(norm(x, norm1), wqkv)
             torch.view_as_complex(qkv[:, :turned].view(K, -1, hd // 2, 2)).mul_(turn)
             new = qkv[:, cols:].view(K, 2, -1, hd).transpose(0, 2) # [kv heads, 2, K, hd]
             keys[:, n:T], values[:, n:T] = new[:, 0], new[:, 1]
@@ -53,9 +53,9 @@ def bare_forward(m, keys_and_values): # function: [K, D] after n tokens → [K, 
             y = F.scaled_dot_product_attention(q, keys[None, :, :T], values[None, :, :T], mask,
                                                enable_gqa=heads != m.kv_heads)
             x = torch.addmm(x, y.transpose(1, 2).reshape(K, -1), out)
-            gate, up = F.linear(F.rms_norm(x, D, norm2, eps), gate_up).chunk(2, 1)
+            gate, up = F.linear(norm(x, norm2), gate_up).chunk(2, 1)
             x = torch.addmm(x, F.silu(gate) * up, down)
-        return F.rms_norm(x, D, m.norm, eps)
+        return norm(x, m.norm)
     return forward
 
 @torch.no_grad()

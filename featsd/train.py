@@ -39,6 +39,7 @@ from .data.chunk import VOLATILE
 from .data.feed import Feed, choose_stream, state_bytes
 from .data.identity import made_for, model_ids, of_both, of_models, same_models
 from .data.store import check_states, open_states
+from .optimizers import OPTIMIZERS, Optimizers
 from .own import StudyHead, beyond, shorter, taught
 from .runs import Run, Team, find_run, read_result
 
@@ -139,6 +140,7 @@ class TrainSettings:
     learning_rate:float = 1e-3 # of the first epoch; the study's for L1 and L2
     early_stopping:int = 10    # epochs without a better validation loss before it stops; 0: never
     seed:int = 0
+    optimizer:str = "AdamW"    # the study's; or "Muon", for the matrices
     weight_decay:float = .01   # AdamW's default, and the study's
     grad_clip:float = 1.       # largest norm of the gradient, the study's; 0: none
     cache_bytes:int = 2**30    # larger data is streamed from disk in every epoch
@@ -154,6 +156,8 @@ class TrainSettings:
             if k in least: ok, want = type(v) is int and least[k] <= v < 2**31, f"a whole number, at least {least[k]}"
             else: ok, want = isinstance(v, (int, float)) and 0 <= v < math.inf, "a positive number"
             if not ok or v == 0 and k == "learning_rate": raise FeatsdError(f"{k} is {v!r}, expected {want}")
+        if self.optimizer not in OPTIMIZERS:
+            raise FeatsdError(f"optimizer {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
 
     def record(self, batches_from)->dict: # "memory" or "disk"
         "What decides the result, for config.json"
@@ -210,9 +214,7 @@ class HiddenAdapterTrainer:
         self.head, stream = None if head is None else head.to(device), choose_stream(train, s.stream)
         self.train, self.val = (Feed(data, stream, s.batch_size, adapter.looks_back, device, s.cache_bytes)
                                 for data in (train, val))
-        fused = torch.device(device).type in ("cpu", "cuda") # one kernel for all parameters: fewer passes over memory
-        weights = adapter.parameters()
-        self.optimizer = torch.optim.AdamW(weights, s.learning_rate, weight_decay=s.weight_decay, fused=fused)
+        self.optimizer = Optimizers(adapter.parameters(), s.optimizer, s.learning_rate, s.weight_decay, device)
         self.loss_head, self.history, self.seconds = shorter(self.head, train, s.short_list, s.loss), {}, 0.
 
 # %% ../nbs/02_train.ipynb #trai0001
@@ -353,25 +355,20 @@ def save_state(self:HiddenAdapterTrainer, path):
     "All that the next epoch needs, in one atomic file"
     save_checkpoint(self.adapter, path, self.optimizer, self.epoch, dict(history=self.history, seconds=self.seconds))
 
-def _check_state(parameters, history, state):
-    "A history of finite numbers, all of one length, and three tensors of the optimizer for each weight"
+def _check_history(history):
+    "Finite numbers, all lists of one length"
     finite = all(math.isfinite(x) for v in history.values() for x in v)
     if "val_loss" not in history or len({len(v) for v in history.values()}) != 1 or not finite:
         raise ValueError("a broken history")
-    for p, s in zip(parameters, state["state"].values(), strict=True):
-        if s.keys() != {"step", "exp_avg", "exp_avg_sq"} or s["step"].numel() != 1 or \
-           not s["exp_avg"].shape == s["exp_avg_sq"].shape == p.shape:
-            raise ValueError("optimizer state of other shapes")
 
 @patch
 def load_state(self:HiddenAdapterTrainer, path):
     "Continue from a file of `save_state`; one that does not fit this run is an error"
     ckpt = read_checkpoint(path)
     try:
-        history, state = ckpt["metrics"]["history"], ckpt["optimizer_state_dict"]
-        _check_state(self.adapter.parameters(), history, state)
+        _check_history(history := ckpt["metrics"]["history"])
+        self.optimizer.load_state_dict(ckpt["optimizer_state_dict"])
         self.adapter.load_state_dict(ckpt["model_state_dict"])
-        self.optimizer.load_state_dict(deepcopy(state)) # a copy: the file is memory-mapped
         self.history, self.seconds = deepcopy(history), float(ckpt["metrics"]["seconds"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         found = " ".join(str(e).split())[:160]
@@ -467,7 +464,7 @@ def choose_device(device=None)->str:
 
 def make_config(adapter, train, val, training, device)->dict:
     "What `config.json` records: the study's sections, and what decides the result"
-    training = training | dict(optimizer="AdamW", scheduler="cosine per epoch to 1e-6")
+    training = training | dict(scheduler="cosine per epoch to 1e-6")
     made = dict(versions=lib_versions(), argv=sys.argv, device=device, threads=torch.get_num_threads())
     return dict(task=f"train_{adapter.adapter_type}", adapter=adapter.config | {"params": adapter.get_num_parameters()},
                 data=describe_data(train, val), training=training, timestamp=f"{datetime.now():%Y%m%d_%H%M%S}",

@@ -395,7 +395,7 @@ def interrupt(monkeypatch, at, name):
     monkeypatch.setattr(T.Run, "__call__", dies)
 
 
-@pytest.mark.parametrize("level", [1, 4])
+@pytest.mark.parametrize("level", [1, 4, "own"]) # own: by Muon
 @pytest.mark.parametrize("where", ["before", "between", "after"])
 def test_resumed_equals_uninterrupted(store, tmp_path, quick, monkeypatch, level, where):
     kw = dict(adapter_level=level, loss="kl", **quick | dict(num_epochs=5))
@@ -468,9 +468,10 @@ class Evil:
     def __reduce__(self): return os.system, ("touch HACKED",)
 
 
-@pytest.mark.parametrize("spoil", ["evil", "junk", "empty", "nothing", "shapes", "surplus", "history", "cut"])
+@pytest.mark.parametrize("spoil", ["evil", "junk", "empty", "nothing", "shapes", "surplus", "history", "cut", "muon"])
 def test_a_spoiled_last_pt_is_refused(store, tmp_path, quick, monkeypatch, spoil):
     monkeypatch.chdir(tmp_path)
+    quick = quick | dict(optimizer="Muon" if spoil == "muon" else "AdamW")
     with monkeypatch.context() as m:
         interrupt(m, 2, "after")
         with pytest.raises(Killed): train_adapter(store, **quick)
@@ -485,6 +486,7 @@ def test_a_spoiled_last_pt_is_refused(store, tmp_path, quick, monkeypatch, spoil
         if spoil == "shapes": d["optimizer_state_dict"]["state"][1]["exp_avg"] = torch.zeros(3)
         if spoil == "surplus":
             d["optimizer_state_dict"]["state"][1]["more"] = torch.zeros(1).expand(2**40) # four bytes on disk
+        if spoil == "muon": d["optimizer_state_dict"]["Muon"]["state"][0]["momentum"] = torch.zeros(3)
         if spoil == "history": d["metrics"]["history"]["val_loss"] = [float("nan")] * 2
         torch.save(d, last)
     with pytest.raises(ValueError, match="last.pt") as e: train_adapter(store, resume=True, **quick)
@@ -502,6 +504,7 @@ def test_a_spoiled_last_pt_is_refused(store, tmp_path, quick, monkeypatch, spoil
     (dict(val_split=1.5), "val_split"), (dict(num_epochs=0), "num_epochs"),
     (dict(batch_size=0), "batch_size"), (dict(batch_size=2.5), "batch_size"), (dict(learning_rate=0), "learning_rate"),
     (dict(learning_rate=math.nan), "learning_rate"),
+    (dict(optimizer="SGD"), "optimizer 'SGD': expected one of AdamW, Muon"),
     (dict(early_stopping=-1), "early_stopping"), (dict(seed=-1), "seed"), (dict(bottleneck_dim=0), "bottleneck_dim"),
     (dict(num_heads=3), "num_heads"),
     (dict(adapter_level=4, num_heads=3), "num_heads"), (dict(residual="none"), "residual"),
