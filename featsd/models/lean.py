@@ -77,6 +77,7 @@ def _activation(config): return getattr(config, "hidden_activation", None) or co
 
 # %% ../../nbs/models/lean.ipynb #cell007
 BLOCK = 16 # positions by which the memory of several rows grows
+def _blocks(n): return -(-n // BLOCK) * BLOCK # the least that is whole blocks
 
 class LeanState:
     "Keys and values of a batch, with the length of each row"
@@ -92,7 +93,7 @@ class LeanState:
         "When the memory is full, twice as much for one row; for several a little more, which is read from end to end"
         need, (*outer, have, hd) = max(self.n) + k, self.kv.shape
         if need <= have: return
-        more = max(need - have, have) if len(self.n) == 1 else -(-need // BLOCK) * BLOCK - have
+        more = max(need - have, have) if len(self.n) == 1 else _blocks(need) - have
         self.kv = torch.cat([self.kv, self.kv.new_zeros(*outer, more, hd)], 4)
 
 # %% ../../nbs/models/lean.ipynb #lean007b
@@ -258,7 +259,7 @@ def prefill(self:Lean, prefixes)->LeanState:
     longest = max(p.embeds.shape[1] for p in prefixes)
     def pad(rows): return nn.utils.rnn.pad_sequence(rows, batch_first=True)
     def empty(B):
-        room = longest + self.spare if len(prefixes) == 1 else longest
+        room = longest + self.spare if len(prefixes) == 1 else _blocks(longest + 1) # the first token copies nothing
         sizes = len(self.layers), 2, B, self.kv_heads, room, self.hd
         return LeanState(torch.zeros(sizes, dtype=self.dtype, device=self.device), [0] * B)
     if len(prefixes) == 1:
