@@ -143,10 +143,10 @@ class Laws(NamedTuple):
 # %% ../nbs/03b_calibration.ipynb #expertl1
 def expert_laws(states, # `States`
                 table,  # NGramTable, or {question: NGramTable}
-                adapter, head, stream="draft_forced", max_pairs=400): # None: all
+                adapter, head, stream="draft_forced", max_pairs=400, known=None): # None: all; laws to share
     "One `Laws` per answer; answers to questions the table does not know are left out"
     check_states(states, head)
-    align, known, left = aligner(adapter), {}, max_pairs
+    align, known, left = aligner(adapter), {} if known is None else known, max_pairs
     for batch in states.batches(stream, batch_pairs=16):
         if batch.ids is None: raise FeatsdError("these states hold no token ids; extract them with featsd_extract")
         mask = batch.mask.bool()
@@ -312,10 +312,10 @@ class Gain:
 
 # %% ../nbs/03b_calibration.ipynb #crossmg1
 def cross_modal_gain(states, table, adapter, head, weights, sharpen=1., stream="draft_forced", max_pairs=None,
-                     n_boot=400)->Gain:
+                     n_boot=400, known=None)->Gain: # known: of `expert_laws`
     "Scores n-gram, aligned and fused law on held-out answers, one answer at a time"
     sums, tokens, index, sure = [], [], [], {"n-gram table": [], "fused law": []}
-    for x in expert_laws(states, table, adapter, head, stream, max_pairs):
+    for x in expert_laws(states, table, adapter, head, stream, max_pairs, known):
         fused, ids = product(weights, x.words, x.aligned), x.ids[:, None]
         laws = x.words, product([sharpen], x.words), x.aligned, fused
         sums.append([-float(z.gather(1, ids).sum()) / np.log(2) for z in laws])
@@ -428,10 +428,10 @@ def gains(adapter, test, val, words, head, n_boot=400, max_pairs=400, notes=None
         if (spoken := answers_of(val)) is None:
             raise FeatsdError("calibrate: the validation states hold no token ids; extract them with featsd_extract")
         words = word_tables(words, spoken, head.vocab_size)
-    out, notes, fitted = {}, [] if notes is None else notes, {}
+    out, notes, fitted, known = {}, [] if notes is None else notes, {}, {}
     def fit(stream):
         if stream not in fitted:
-            laws = joined_laws(expert_laws(val, words, adapter, head, stream, max_pairs))
+            laws = joined_laws(expert_laws(val, words, adapter, head, stream, max_pairs, known))
             fitted[stream] = fit_weights(laws.ids, laws.words, laws.aligned), fit_weights(laws.ids, laws.words)[0]
         return fitted[stream]
     for name, (stream, source) in GAINS.items():
@@ -440,7 +440,7 @@ def gains(adapter, test, val, words, head, n_boot=400, max_pairs=400, notes=None
         if lacks: notes.append(f"Gain, {name}: the {lacks[0][0]} store has no stream {lacks[0][1]}.")
         else:
             weights, sharpen = fit(source)
-            out[name] = cross_modal_gain(test, words, adapter, head, weights, sharpen, stream, None, n_boot)
+            out[name] = cross_modal_gain(test, words, adapter, head, weights, sharpen, stream, None, n_boot, known)
     if "wrong clip, refitted" in out and "forced" in out:
         out["forced"].events = worth_of_events(out["forced"], out["wrong clip, refitted"], n_boot)
     return out

@@ -502,7 +502,7 @@ def featsd_bench(
 @command
 def featsd_demo(
     out:str="featsd_demo_out", # folder for store, checkpoints, figures and report
-    clips:int=100, # held-out clips, ten questions each; half as many again to train on
+    clips:int=64, # held-out clips, ten questions each; half as many again to train on
     quick:store_true=False, # a small run in under a minute, to see that everything works
     figures:str=None, # also write demo.json and the README's pictures into this folder
     seed:int=0, # of clips and training

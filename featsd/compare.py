@@ -177,11 +177,11 @@ def claims(self:Comparison)->dict: # name → {"a", "b", "ratio"}
 
 @patch(as_prop=True)
 def pays(self:Comparison)->str:
-    "Whether the second sensor (or the draft) pays: only if it does beside a head that has the target's own states"
+    "Whether the second sensor (or the draft) pays: only if it does against a head that has the target's own states"
     over_own, event, s = self.over_own, self.event_over_own(), self.second
     if over_own is None or event is None:
-        return (f"Whether the {s} pays is not known: it did not run against and beside a head on the target's "
-                "own states; train levels own and own+event.")
+        return (f"Whether the {s} pays is not known: it did not run against, and as a further input of, a "
+                "head on the target's own states; train levels own and own+event.")
     both = over_own.ratio, event.ratio
     if both[0].few: return f"From {both[0].groups} clips that decides nothing: compare on {FEW} or more."
     if self.best("sensor").measured.low <= 1: return f"The {s} is not faster than plain decoding here."
@@ -191,9 +191,8 @@ def pays(self:Comparison)->str:
     if min(r.high for r in both) < 1:
         return f"The {s} does not pay: the target's own states do as well without."
     how = list(map(decided, both))
-    return (f"Whether the {s} pays is open: the best drafter with it (and so with a second model) is {how[0]} beside a "
-            f"head on the target's own states; as a further input of such a head, where least else differs, it is "
-            f"{how[1]}.")
+    return (f"Whether the {s} pays is open: against a draft head on the target's own states, the best drafter with it "
+            f"(and so with a second model) is {how[0]}; as a further input of that head it is {how[1]}.")
 
 # %% ../nbs/06_compare.ipynb #claim0015
 def _four_lines(c)->list: # of a Comparison
@@ -413,9 +412,9 @@ def first_screen(self:Comparison)->list:
 def sections(self:Comparison)->dict: # "pays" | "why" | "run" → parts
     "The argument of this comparison"
     asked = [t for t in [self.question_table()] if len(set(self.questions)) > 1 and t.rows]
-    low, high = (f(r.measured.value for r in self.rows if r.kind in KIND_NAMES) for f in (min, max))
+    drawn = [r.measured.value for r in self.rows if r.kind in KIND_NAMES and r.name not in self.about["once"]]
     by_gamma = ("Look for the γ at which a curve is highest, and whether its band leaves 1. Here the drafters reach "
-                f"from {low:.2f}x to {high:.2f}x; grey curves are baselines.")
+                f"from {min(drawn, default=1):.2f}x to {max(drawn, default=1):.2f}x; grey curves are baselines.")
     ran = who_ran(self.about, dict.fromkeys(r.name for r in self.rows))
     return {"pays": [*_why_event(self), "Who ran, in a line each:", ran, *_recommended(self), *_further(self),
                      Figure(self.chart(), by_gamma, "speedup_measured"), *asked],

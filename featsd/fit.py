@@ -163,9 +163,9 @@ class Costs:
 
 def measured_costs(target, drafter, prompts, gamma=8, max_new_tokens=50)->Costs:
     "Costs of the cycles of a drafter that always consults its model, on this machine (medians)"
-    for _ in range(2): # the first round warms up
-        plain_runs = [plain_decode(target, p, Greedy(), max_new_tokens) for p in prompts]
-        runs = [speculative_decode(target, drafter, p, gamma, Greedy(), max_new_tokens) for p in prompts]
+    for some in (prompts[:1], prompts): # the first warms up
+        plain_runs = [plain_decode(target, p, Greedy(), max_new_tokens) for p in some]
+        runs = [speculative_decode(target, drafter, p, gamma, Greedy(), max_new_tokens) for p in some]
     step = float(np.median([ms for d in plain_runs for ms in d.cycle_ms]))
     cycles = [x for d in runs for x in zip(d.drafted, d.draft_ms, d.verify_ms, d.cycle_ms, strict=True)]
     full = [ms for k, *ms in cycles if k == gamma]
@@ -381,7 +381,9 @@ class Fitted:
 WITH_WORDS = dict(adapter=("fused", "gated"), own=("fused-own", "gated-own"), # with the word table
                   event=("fused-event", "gated-event"))
 
-def fit_adapter(label, adapter, layers, pair, tables, val, prompts, max_new_tokens=50)->tuple: # Fitted, lines
+def fit_adapter(label, adapter, layers, pair, tables, val, prompts, max_new_tokens=50,
+                stops=True, known=True, # fit what only stopping drafters, and what only `auto` reads
+               )->tuple: # Fitted, lines
     "Weights, gate and stopping thresholds for an adapter of the draft's first `layers` layers, and a line that says so"
     if val is None: return Fitted(), []
     whole = pair.draft.depth
@@ -396,8 +398,8 @@ def fit_adapter(label, adapter, layers, pair, tables, val, prompts, max_new_toke
         costs = measured_costs(pair.target, both, prompts, max_new_tokens=max_new_tokens)
     gate = fit_gate(ops, min_confidences=(0.,), costs=costs)["gate"]
     stop = {name: fit_gate(ops, gates=gates, costs=costs)
-            for name, gates in (("ngram", (0.,)), (fused, (1.01,)), (gated, GATES))}
-    return Fitted(weights, gate, stop, fit_auto(ops, costs) if field == "adapter" else None), [
+            for name, gates in (("ngram", (0.,)), (fused, (1.01,)), (gated, GATES)) if stops}
+    return Fitted(weights, gate, stop, fit_auto(ops, costs) if known and field == "adapter" else None), [
         f"{gated}, {label}: fusion weights {weights[0]:.2f} (table), {weights[1]:.2f} ({field}); "
         f"the table drafts alone where it is {gate:.2f} sure; fitted on {len(val)} validation answers"]
 
@@ -413,9 +415,11 @@ def build_drafters(names, pair, adapters=None, # of `adapters_of`
     "Drafters by name; those that need an adapter come once per adapter"
     out, lines, cache, adapters = {}, [], {}, adapters or {}
     first = {field_of(a): a for a, _ in reversed(adapters.values())}
+    choosing = any("calibration" in needs_of(n) for n in names)
     def fitted(label):
         if label not in cache:
-            cache[label], said = fit_adapter(label, *adapters[label], pair, tables, val, prompts, max_new_tokens)
+            cache[label], said = fit_adapter(label, *adapters[label], pair, tables, val, prompts, max_new_tokens,
+                                             dynamic, choosing)
             lines.extend(said)
         return cache[label]
     for name in names:
@@ -426,10 +430,9 @@ def build_drafters(names, pair, adapters=None, # of `adapters_of`
         for label in labels:
             adapter, layers = adapters[label] if label else (None, None)
             s = fitted(label) if label and "ngram" in needs else Fitted()
-            cut = shortened(pair, layers)
             made = first | {wants[0]: adapter} if wants else first
-            kit = Kit(cut, made.get("adapter"), tables, templates, s.weights, s.gate, max_new_tokens=max_new_tokens,
-                      own=made.get("own"), event=made.get("event"), calibration=s.known)
+            kit = Kit(shortened(pair, layers), made.get("adapter"), tables, templates, s.weights, s.gate,
+                      max_new_tokens=max_new_tokens, own=made.get("own"), event=made.get("event"), calibration=s.known)
             full = name if len(labels) == 1 else f"{name} {label}"
             out[full] = make_drafter(name, kit)
             if short is not None and any(issubclass(c, AlignedDraft) for c in parts_of(name)):

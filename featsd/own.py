@@ -287,7 +287,7 @@ def recognise(cls:OwnStateHead, shapes):
 @patch(cls_method=True)
 def defaults(cls:OwnStateHead, width): # measured on the built-in pair, see 02b_sweep
     if width >= 1024: return dict(cls.study)
-    small = dict(batch_size=16, learning_rate=4e-3, optimizer="Muon", num_heads=math.gcd(4, width))
+    small = dict(batch_size=10, learning_rate=3e-3, optimizer="Muon", num_heads=math.gcd(4, width))
     return cls.study | small | ({} if "draft" in cls.reads else dict(steps=2)) # events make up for a second one
 
 # %% ../nbs/00a_own.ipynb #own00020

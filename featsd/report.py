@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEADS', 'QUICK', 'MADE_FOR_IT', 'KEPT', 'PIPELINE', 'ARROWS', 'kept_rows', 'short_table', 'DemoSize', 'Story',
            'DemoData', 'demo_data', 'cheapest', 'name_of_run', 'demo_runs', 'demo_head', 'demo_rows', 'for_cosine',
-           'demo_calibration', 'demo_race', 'demo_stages', 'DemoFound', 'five_speedups', 'write_report', 'publish',
-           'read_charts', 'draw_figures', 'study_pictures', 'draw_pipeline', 'demo_found', 'demo']
+           'demo_race', 'demo_stages', 'DemoFound', 'five_speedups', 'write_report', 'publish', 'read_charts',
+           'draw_figures', 'study_pictures', 'draw_pipeline', 'demo_found', 'demo']
 
 # %% ../nbs/07_report.ipynb #cell002
 import re
@@ -27,7 +27,7 @@ from .base.page import Figure, Folded, Page, Preformatted, Section, Terms
 from .base.processes import lanes, meanwhile, part_of, side_by_side
 from .base.stats import Interval
 from .base.tables import Column, Table
-from .calibration import Calibration, calibrate
+from .calibration import Calibration, calibrate, own_gain
 from .compare import Comparison, compare
 from .data.answers import Answers, answers_of
 from .data.clips import open_clips
@@ -67,20 +67,21 @@ def short_table(rows)->Table: # of `kept_rows`
 @dataclass
 class DemoSize:
     "How large the demo is"
-    train: int = 150     # clips
-    test: int = 100      # held-out clips
+    train: int = 96      # clips
+    test: int = 64       # held-out clips
     val: int = 12
-    words: int = 400     # clips that word tables and own-state heads learn from
-    epochs: int = 8      # of L1 to L4
-    own_epochs: int = 5  # of the own-state head
+    words: int = 200     # clips that word tables and own-state heads learn from
+    epochs: int = 7      # of L1 to L4
+    own_epochs: int = 7  # of the own-state head
     event_epochs: int = 2 # of the same with events, which learns sooner
     decoded: int = 12    # held-out clips that are decoded
     asked: int = 2       # questions of each
-    gammas: tuple = (3, 5, 8)
+    gammas: tuple = (5, 8) # a longer block is seldom right to its end, a shorter one asks too often
+    tokens: int = 50     # of a decoded answer, at most
     stage_runs: int = 8
 
-QUICK = DemoSize(train=8, test=4, val=3, words=10, epochs=2, own_epochs=1, event_epochs=1, decoded=2, asked=1,
-                 gammas=(4,), stage_runs=2)
+QUICK = DemoSize(train=8, test=4, val=3, words=10, epochs=1, own_epochs=1, event_epochs=1, decoded=2, asked=1,
+                 gammas=(4,), tokens=16, stage_runs=2)
 
 class Story:
     "Says what happens, and when"
@@ -166,12 +167,6 @@ def for_cosine(best, rows, measured, scored)->Measurement: # of `demo_rows`
                    rows=[r for r in rows if r.name == name or r.null and r.name not in changed],
                    scores={k: s for k, s in scored.items() if k[1] == name} | kept)
 
-def demo_calibration(best, adapter, data, own=None, which=None)->Calibration:
-    "What a score is worth; a gain needs both laws of every token, so on fewer clips"
-    some, test = set(data.test.clips[:30]), data.test
-    few = test.subset([i for i, p in enumerate(test.pairs) if p.clip_id in some])
-    return calibrate(best, adapter, few, data.val, data.words, test.head(), n_boot=200, own=own, which=which)
-
 # %% ../nbs/07_report.ipynb #cell016
 def demo_race(fast, adapters, data, size, threads=1, progress=False)->Comparison: # fast: lean pair
     "Held-out clips, losslessly, drafters interleaved with plain decoding"
@@ -182,9 +177,10 @@ def demo_race(fast, adapters, data, size, threads=1, progress=False)->Comparison
     names = ["raw", "template", "ngram", "aligned", "gated", "own", "own+event", "gated-own"]
     with quiet_clock(threads):
         made = {k: (a, None) for k, a in adapters.items()}
-        drafters, fitted = build_drafters(names, fast, made, tables, templates, data.val, prompts)
+        drafters, fitted = build_drafters(names, fast, made, tables, templates, data.val, prompts,
+                                          max_new_tokens=size.tokens)
     blind = ["gated", "own+event"]
-    how = Procedure(size.gammas, threads=threads, plain_runs=2, transformers=False, n_boot=400,
+    how = Procedure(size.gammas, size.tokens, threads, plain_runs=2, transformers=False, n_boot=400,
                     once=("raw", *(f"{n}, wrong clip" for n in blind)))
     compared = compare(fast, list(held), drafters, asked, how, blind, progress)
     compared.lines = fitted
@@ -319,7 +315,7 @@ def pictures(self:DemoFound)->dict: # file name → Chart
     near = {k: c for k, c in (measurement_figures(self.cosine) | self.worth.figures()).items()
             if not re.search("token|confidence|gain", k)}
     return measurement_figures(self.best) | self.known.figures() | near | {
-        "speedup_measured": self.compared.chart(), "five_speedups": five_speedups(self.compared),
+        "speedup_bars": self.compared.bars(), "five_speedups": five_speedups(self.compared),
         "stage_timeline": stages}
 
 # %% ../nbs/07_report.ipynb #cell024
@@ -504,11 +500,14 @@ def demo_found(pair, size, out, seed=0, threads=1, say=None, progress=False)->De
         best = measure(adapters[name], data.test, data.train, head=data.test.head(), name=name, words=data.words)
         rows, measured, cosine = demo_rows(adapters, best, data)
         worth = None if cosine is best else calibrate(cosine, n_boot=200, which=["cos", "centred"])
+        say("Measure: what the draft's states know that words, or the target's own, do not; the heads learn on")
+        some, head = set(data.test.clips[:30]), data.test.head() # bits need both laws of every token
+        few = data.test.subset([i for i, p in enumerate(data.test.pairs) if p.clip_id in some])
+        known = calibrate(best, adapters[name], few, data.val, data.words, head, n_boot=200,
+                          which=None if worth is None else ["confidence"])
         (first,) = trained(0)
-        say("Measure: what the draft's states know that words, or the target's own states, do not; the head with "
-            "events learns to its end")
         own = {"own": load_any_adapter(first["best_model"])[0]}
-        known = demo_calibration(best, adapters[name], data, own["own"], None if worth is None else ["confidence"])
+        known.own = own_gain(own["own"], adapters[name], few, data.val, head, n_boot=200)
         (second,) = trained(2)
         own["own+event"] = load_any_adapter(second["best_model"])[0]
     say("Decode: held-out clips, losslessly, drafters interleaved with plain decoding")
@@ -521,7 +520,7 @@ def demo_found(pair, size, out, seed=0, threads=1, say=None, progress=False)->De
 
 # %% ../nbs/07_report.ipynb #cell033
 def demo(out="featsd_demo_out", # folder for everything
-         clips=100, # held-out test clips; ten questions each
+         clips=64, # held-out test clips; ten questions each
          quick=False, # a small run that shows that everything works
          figures=None, # also write demo.json and the README's pictures into this folder
          seed=0, threads=1, # of torch: models this small gain nothing from a second, and lose much on shared cores

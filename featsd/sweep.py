@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.script import call_parse
 
-from .adapters import check_head, load_any_adapter
+from .adapters import LEVELS, check_head, load_any_adapter
 from .base.core import FeatsdError, command, lib_versions, write_json
 from .base.figures import Chart, Panel, Series
 from .base.tables import Column, Table
@@ -55,6 +55,8 @@ SWEPT = dict(steps=[MANY | dict(steps=k) for k in (0, 1, 2, 3, 5)],
              clips=[dict(clips=k) for k in (20, 40, 80, 160, 320)],
              optimizer=[MANY | dict(num_epochs=k) | o for k in (3, 6) for o in (
                  {}, dict(optimizer="AdamW", batch_size=8, learning_rate=3e-3))], # the best rate of a few, of either
+            batch=[MANY | o for o in ({}, *(dict(batch_size=b, learning_rate=r) # each at the best rate of a few
+                                            for b, r in ((8, 2.5e-3), (16, 4e-3), (24, 4e-3))))],
             form=[dict(seed=k, cross=c) for k in range(3) for c in (None, True)]) # of own+event
 
 def of_clips(states, n):
@@ -92,8 +94,10 @@ def sweep_table(found, what)->Table: # of `sweep_heads`; "steps", "size", "clips
     "One line a setting"
     rows = [r for r in found["rows"] if r["what"] == what]
     names = {"steps": "own outputs", "inner_dim": "width", "ffn_dim": "FFN", "num_layers": "layers", "clips": "clips",
-             "seed": "seed", "cross": "events ask", "optimizer": "optimizer", "num_epochs": "epochs"}
-    rows = [{"seed": 0, "cross": None, "optimizer": "Muon"} | r for r in rows]
+             "seed": "seed", "cross": "events ask", "optimizer": "optimizer", "num_epochs": "epochs",
+             "batch_size": "batch", "learning_rate": "rate"}
+    of_level = {k: LEVELS[found["level"]].defaults(0)[k] for k in ("optimizer", "batch_size", "learning_rate")}
+    rows = [{"seed": 0, "cross": None} | of_level | r for r in rows]
     rows = list({tuple(r[k] for k in names): r for r in rows}.values())
     moved = [k for k in names if len({r[k] for r in rows}) > 1]
     taus = [k for k in rows[0] if k.startswith("tau_")]
@@ -129,7 +133,7 @@ def main(
     test_data:str=None, # store of held-out clips (required)
     level:str="own", # own or own+event
     # what is swept; form: own+event as it is, and with events that ask, three seeds each
-    what:str="steps,size,clips,optimizer",
+    what:str="steps,size,clips,optimizer,batch",
     out:str="own_sweep", # folder of the runs; those that are there already are read
     file:str="figures/own_sweep.json", # what this page shows
     threads:int=1, # of torch

@@ -45,7 +45,7 @@ def bare_forward(m, keys_and_values): # function: [K, D] after n tokens → [K, 
         K, T = len(x), n + len(x)
         turn, mask = m.turn[n:T], None if K == 1 else m.causal[n:T, :T]
         for norm1, wqkv, out, norm2, gate_up, down, keys, values in w:
-            qkv = F.linear(norm(x, norm1), wqkv)
+            qkv = norm(x, norm1) @ wqkv
             torch.view_as_complex(qkv[:, :turned].view(K, -1, hd // 2, 2)).mul_(turn)
             new = qkv[:, cols:].view(K, 2, -1, hd).transpose(0, 2) # [kv heads, 2, K, hd]
             keys[:, n:T], values[:, n:T] = new[:, 0], new[:, 1]
@@ -53,7 +53,7 @@ def bare_forward(m, keys_and_values): # function: [K, D] after n tokens → [K, 
             y = F.scaled_dot_product_attention(q, keys[None, :, :T], values[None, :, :T], mask,
                                                enable_gqa=heads != m.kv_heads)
             x = torch.addmm(x, y.transpose(1, 2).reshape(K, -1), out)
-            gate, up = F.linear(norm(x, norm2), gate_up).chunk(2, 1)
+            gate, up = (norm(x, norm2) @ gate_up).chunk(2, 1)
             x = torch.addmm(x, F.silu(gate) * up, down)
         return norm(x, m.norm)
     return forward

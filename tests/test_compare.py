@@ -209,9 +209,8 @@ def test_words_that_win_are_said_to_win(monkeypatch):
 
 @pytest.mark.parametrize("event, own, says", [
     (.95, .5, "The second sensor pays."), (.5, .95, "The second sensor does not pay: the target's own states"),
-    (.8, .8, "Whether the second sensor pays is open: the best drafter with it (and so with a second model) is not "
-             "decided beside a head on the target's own states; as a further input of such a head, where least else "
-             "differs, it is not decided.")])
+    (.8, .8, "Whether the second sensor pays is open: against a draft head on the target's own states, the best drafter "
+             "with it (and so with a second model) is not decided; as a further input of that head it is not decided.")])
 def test_the_second_sensor_must_beat_the_targets_own_states(monkeypatch, event, own, says):
     synthetic(monkeypatch)
     made = {"words": lambda t: Guess(t, .2), "own": lambda t: Guess(t, own), "own+event": lambda t: Guess(t, event)}
@@ -238,7 +237,7 @@ def test_a_pair_that_sees_one_thing_is_not_said_to_have_two_sensors(monkeypatch,
     for r in c.rows: r.kind = {"words": "null", "own": "own", "own+event": "sensor"}[r.name]
     c.about["second"] = second
     said = "\n".join([*c.verdict(), c.answer(), str(C.decisions(c.claims(), c.second)), c.page().markdown()])
-    assert f"The {second} pays." in said and f"the {second} beside words alone" in said
+    assert f"The {second} pays." in said and f"the {second} against words alone" in said
     assert ("second sensor" in said) == (second == "second sensor")
 
 

@@ -58,9 +58,9 @@ def clip_bootstrap(values,       # [N] one per record (or numerators)
     number = {c: i // block for i, c in enumerate(dict.fromkeys(clips))}
     group = np.array([number[c] for c in clips])
     top, bottom = np.bincount(group, values), np.bincount(group, weights)
-    rng, stats = np.random.default_rng(seed), np.empty(n)
-    for i in range(n):
-        pick = rng.integers(len(top), size=len(top))
-        stats[i] = top[pick].sum() / bottom[pick].sum()
+    rng, stats, step = np.random.default_rng(seed), np.empty(n), max(1, 2**16 // len(top))
+    for i in range(0, n, step):
+        pick = rng.integers(len(top), size=(min(step, n - i), len(top)))
+        stats[i:i + step] = top[pick].sum(1) / bottom[pick].sum(1)
     low, high = np.quantile(stats, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.sum() / weights.sum()), float(low), float(high), len(top))
