@@ -45,6 +45,7 @@ from .nulls import (
     Measurement, best_null, fit_stats, measure, measurement_figures, null_columns, null_table, row_of)
 from .race import Procedure, quiet_clock
 from .replay import PUBLISHED
+from .sweep import of_clips
 from .timeline import chart_timeline, measure_stages, timeline_by_gamma, timing_report, timing_table
 from .train import comparison_table, train_adapter, train_levels
 
@@ -76,7 +77,7 @@ class DemoSize:
     event_epochs: int = 2 # of the same with events, which learns sooner
     decoded: int = 12    # held-out clips that are decoded
     asked: int = 2       # questions of each
-    gammas: tuple = (5, 8) # a longer block is seldom right to its end, a shorter one asks too often
+    gammas: tuple = (5, 8) # of 3, 5 and 8 no drafter that may pay was fastest at 3
     tokens: int = 50     # of a decoded answer, at most
     stage_runs: int = 8
 
@@ -119,9 +120,7 @@ def demo_data(pair, size, out, seed=0, progress=False)->DemoData:
         import torch._dynamo # noqa: F401, an optimizer reads it, for seconds: once for all forks of the training
         folder, held = extracted()
     more, test, val = map(open_states, (folder, *held))
-    first = set(more.clips[:size.train])
-    train = more.subset([i for i, p in enumerate(more.pairs) if p.clip_id in first])
-    return DemoData(train, test, val, answers_of(more), more)
+    return DemoData(of_clips(more, size.train), test, val, answers_of(more), more)
 
 # %% ../nbs/07_report.ipynb #cell014
 def cheapest(runs, slack=.005):
@@ -501,8 +500,7 @@ def demo_found(pair, size, out, seed=0, threads=1, say=None, progress=False)->De
         rows, measured, cosine = demo_rows(adapters, best, data)
         worth = None if cosine is best else calibrate(cosine, n_boot=200, which=["cos", "centred"])
         say("Measure: what the draft's states know that words, or the target's own, do not; the heads learn on")
-        some, head = set(data.test.clips[:30]), data.test.head() # bits need both laws of every token
-        few = data.test.subset([i for i, p in enumerate(data.test.pairs) if p.clip_id in some])
+        few, head = of_clips(data.test, 30), data.test.head() # bits need both laws of every token
         known = calibrate(best, adapters[name], few, data.val, data.words, head, n_boot=200,
                           which=None if worth is None else ["confidence"])
         (first,) = trained(0)

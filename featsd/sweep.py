@@ -55,9 +55,9 @@ SWEPT = dict(steps=[MANY | dict(steps=k) for k in (0, 1, 2, 3, 5)],
              clips=[dict(clips=k) for k in (20, 40, 80, 160, 320)],
              optimizer=[MANY | dict(num_epochs=k) | o for k in (3, 6) for o in (
                  {}, dict(optimizer="AdamW", batch_size=8, learning_rate=3e-3))], # the best rate of a few, of either
-            batch=[MANY | o for o in ({}, *(dict(batch_size=b, learning_rate=r) # each at the best rate of a few
-                                            for b, r in ((8, 2.5e-3), (16, 4e-3), (24, 4e-3))))],
-            form=[dict(seed=k, cross=c) for k in range(3) for c in (None, True)]) # of own+event
+             batch=[MANY | o for o in ({}, *(dict(batch_size=b, learning_rate=r) # each at the best rate of a few
+                                             for b, r in ((8, 2.5e-3), (16, 4e-3), (24, 4e-3))))],
+             form=[dict(seed=k, cross=c) for k in range(3) for c in (None, True)]) # of own+event
 
 def of_clips(states, n):
     "The first n clips"
